@@ -1,0 +1,7 @@
+//! turnstile: every process and container on one Linux host writes the same SQLite database at once.
+//!
+//! What knows whom is in `docs/architecture.md`; a test holds the modules to it.
+
+pub mod lock;
+pub mod planted;
+pub mod segment;

@@ -1,0 +1,169 @@
+//! The rules: who may hold which lock, who has the turn, who waits and who is told BUSY.
+//!
+//! Pure state machines. No I/O, no clock (the caller passes `now`), no SQLite. The broker runs them for the
+//! socket lane; nothing here knows how a request arrived.
+//!
+//! * [`table`]: the locks themselves, SQLite's four file locks and eight wal-index slots.
+//! * [`turn`]: the line of tickets for the right to be the database's one writer.
+//! * [`locks`]: asking, waiting, giving back; when a turn ends; what a death leaves behind.
+//! * [`rules`]: what a request means: at once, wait, or BUSY. [`unused`]: turns that nobody uses.
+
+pub mod locks;
+pub mod rules;
+pub mod table;
+pub mod turn;
+pub mod unused;
+
+use serde::{Deserialize, Serialize};
+
+/// A seat's number within one database: one SQLite connection's place.
+pub type SeatId = u32;
+
+/// SQLite's file lock levels with SQLite's own numbers (`SQLITE_LOCK_NONE` .. `SQLITE_LOCK_EXCLUSIVE`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum FileLevel {
+    None = 0,
+    Shared = 1,
+    Reserved = 2,
+    Pending = 3,
+    Exclusive = 4,
+}
+
+impl FileLevel {
+    /// From SQLite's number; anything out of range is `None` (the variant of the option).
+    pub fn from_sqlite(level: i32) -> Option<FileLevel> {
+        Some(match level {
+            0 => FileLevel::None,
+            1 => FileLevel::Shared,
+            2 => FileLevel::Reserved,
+            3 => FileLevel::Pending,
+            4 => FileLevel::Exclusive,
+            _ => return None,
+        })
+    }
+}
+
+/// The wal-index lock slots, in SQLite's order (wal.c: `WAL_WRITE_LOCK`, `WAL_CKPT_LOCK`, `WAL_RECOVER_LOCK`,
+/// `WAL_READ_LOCK(0..5)`).
+pub mod slot {
+    pub const WRITE: u8 = 0;
+    pub const CHECKPOINT: u8 = 1;
+    pub const RECOVER: u8 = 2;
+    pub const READ0: u8 = 3;
+    pub const COUNT: u8 = 8;
+    /// The five read slots as a mask.
+    pub const READ_MASK: u8 = 0b1111_1000;
+}
+
+/// Consecutive wal-index slots, as `xShmLock` names them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Slots {
+    first: u8,
+    count: u8,
+}
+
+impl Slots {
+    /// `None` when the range is empty or leaves the eight slots: input from a peer is checked here once.
+    pub fn new(first: u8, count: u8) -> Option<Slots> {
+        (count >= 1 && first < slot::COUNT && count <= slot::COUNT - first).then_some(Slots { first, count })
+    }
+
+    /// The range as a bit mask. A range that was decoded from a peer may be out of bounds: then `None`.
+    pub fn mask(self) -> Option<u8> {
+        Slots::new(self.first, self.count)?;
+        Some((((1u16 << self.count) - 1) << self.first) as u8)
+    }
+
+    /// First slot and count, as `xShmLock` takes them.
+    pub fn bounds(self) -> (i32, i32) {
+        (i32::from(self.first), i32::from(self.count))
+    }
+
+    /// Exactly the WAL write lock.
+    pub fn is_write(self) -> bool {
+        self.first == slot::WRITE && self.count == 1
+    }
+
+    /// Exactly the recovery lock.
+    pub fn is_recover(self) -> bool {
+        self.first == slot::RECOVER && self.count == 1
+    }
+
+    /// Exactly one read slot.
+    pub fn is_one_read(self) -> bool {
+        self.first >= slot::READ0 && self.count == 1
+    }
+}
+
+/// What a seat asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// `xLock`. `hot_journal`: this seat has just read a `-journal` under its SHARED lock, so an EXCLUSIVE
+    /// straight from SHARED is a rollback of somebody's dead transaction.
+    File { level: FileLevel, hot_journal: bool },
+    /// `xShmLock(.., SHARED)`.
+    ShmShared(Slots),
+    /// `xShmLock(.., EXCLUSIVE)`. `blocking`: SQLite announced a wait (`SQLITE_FCNTL_LOCK_TIMEOUT`).
+    ShmExclusive { slots: Slots, blocking: bool },
+    /// Only the turn: guest mode, where the locks themselves are the unix VFS's.
+    Turn,
+}
+
+/// A request and whether the turn is to be had before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ask {
+    pub request: Request,
+    /// The statement that runs writes: take the turn first, then the snapshot.
+    pub ahead: bool,
+}
+
+/// How a request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Verdict {
+    /// The lock is held. `turn`: the seat also holds the turn. `probation`: it is the only seat admitted until
+    /// it has seen whether a hot journal must be rolled back, and must report what it finds.
+    Granted {
+        turn: bool,
+        probation: bool,
+    },
+    Busy,
+}
+
+/// An `xUnlock` or `xShmLock(UNLOCK)`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Release {
+    /// `xUnlock` to SHARED or NONE.
+    ///
+    /// `keep_turn`, here and below: SQLite gives this lock back only to ask for it again, so the turn stays. Its
+    /// header changed while it waited, or its statement met a changed schema once more and is prepared anew.
+    File {
+        level: FileLevel,
+        keep_turn: bool,
+    },
+    ShmShared {
+        slots: Slots,
+        keep_turn: bool,
+    },
+    ShmExclusive {
+        slots: Slots,
+        keep_turn: bool,
+    },
+    /// The turn itself (guest mode, or a statement that turned out not to write this file).
+    Turn,
+}
+
+impl Ask {
+    /// For `status`.
+    pub fn describe(self) -> &'static str {
+        match self.request {
+            Request::Turn => "the turn",
+            Request::File { level: FileLevel::Shared, .. } | Request::ShmShared(_) if self.ahead => {
+                "the turn"
+            }
+            Request::File { level: FileLevel::Shared, .. } => "SHARED",
+            Request::File { .. } => "EXCLUSIVE",
+            Request::ShmShared(_) => "a wal-index slot",
+            Request::ShmExclusive { .. } => "the WAL write lock",
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! The gate: kernel locks that keep plain SQLite clients out while members use the segment.
+//!
+//! An open-file-description (OFD) write lock over SQLite's lock bytes of the database, and over the lock bytes
+//! of `-shm` where one exists. The kernel keeps it until the last holder of the description is gone.
+
+use crate::planted::planted;
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+use std::os::fd::{AsFd, OwnedFd};
+
+/// `PENDING_BYTE` (os.h); RESERVED is the byte after it, the SHARED range the 510 bytes after that.
+const DATABASE_BYTES: (i64, i64) = (0x4000_0000, 512);
+/// `UNIX_SHM_BASE` (os_unix.c): eight lock slots and the dead-man switch.
+const SHM_BYTES: (i64, i64) = (120, 9);
+
+/// Who stands in the way of the gate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Conflict {
+    /// A plain SQLite client (a POSIX lock), with its pid as far as this pid namespace can see it.
+    Plain(i32),
+    /// An OFD lock: another broker's gate, or that of members whose broker is gone.
+    OtherGate,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum GateError {
+    #[error("the file is in use")]
+    Conflict(Conflict),
+    #[error("the file cannot be locked: {0}")]
+    Unlockable(Errno),
+}
+
+/// A gate that stands.
+#[derive(Debug)]
+pub struct Gate {
+    database: OwnedFd,
+    shm: Option<OwnedFd>,
+}
+
+fn flock(kind: i32, (start, len): (i64, i64)) -> libc::flock {
+    // SAFETY: libc::flock is plain data for which all-zero is valid.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = kind as i16;
+    lock.l_whence = libc::SEEK_SET as i16;
+    lock.l_start = start;
+    lock.l_len = len;
+    lock
+}
+
+fn take(fd: impl AsFd, bytes: (i64, i64)) -> Result<(), GateError> {
+    match fcntl(&fd, FcntlArg::F_OFD_SETLK(&flock(libc::F_WRLCK, bytes))) {
+        Ok(_) => Ok(()),
+        Err(Errno::EAGAIN | Errno::EACCES) => {
+            let mut seen = flock(libc::F_WRLCK, bytes);
+            fcntl(&fd, FcntlArg::F_OFD_GETLK(&mut seen)).map_err(GateError::Unlockable)?;
+            Err(GateError::Conflict(match seen.l_pid {
+                -1 if i32::from(seen.l_type) != libc::F_UNLCK && !planted("other-gate-is-plain") => {
+                    Conflict::OtherGate
+                }
+                pid => Conflict::Plain(pid),
+            }))
+        }
+        Err(e) => Err(GateError::Unlockable(e)),
+    }
+}
+
+fn drop_lock(fd: impl AsFd, bytes: (i64, i64)) {
+    // Unlocking a range of an open file does not fail (fcntl(2)); if it did, closing would still release it.
+    let _ = fcntl(&fd, FcntlArg::F_OFD_SETLK(&flock(libc::F_UNLCK, bytes)));
+}
+
+/// Takes the gate on the description of `database` (and of `shm`), without waiting. On failure nothing is
+/// locked and the descriptors come back.
+pub fn close(database: OwnedFd, shm: Option<OwnedFd>) -> Result<Gate, (GateError, OwnedFd, Option<OwnedFd>)> {
+    if let Err(e) = take(&database, DATABASE_BYTES) {
+        return Err((e, database, shm));
+    }
+    if let Some(fd) = &shm
+        && !planted("no-shm-gate")
+        && let Err(e) = take(fd, SHM_BYTES)
+    {
+        drop_lock(&database, DATABASE_BYTES);
+        return Err((e, database, shm));
+    }
+    Ok(Gate { database, shm })
+}
+
+impl Gate {
+    /// The description that carries the lock, to be passed on to members.
+    pub fn descriptor(&self) -> &OwnedFd {
+        &self.database
+    }
+
+    /// Unlocks explicitly: a forked child somewhere may still hold the description.
+    pub fn open(self) {
+        if let Some(shm) = &self.shm {
+            drop_lock(shm, SHM_BYTES);
+        }
+        drop_lock(&self.database, DATABASE_BYTES);
+    }
+
+    pub fn stands(&self) -> bool {
+        stands(&self.database)
+    }
+}
+
+/// Whether an OFD lock of somebody stands on the database's lock bytes, seen through `fd`.
+///
+/// Asked as a process-associated lock, which conflicts with an OFD lock even on the same description.
+pub fn stands(fd: impl AsFd) -> bool {
+    let mut seen = flock(libc::F_WRLCK, DATABASE_BYTES);
+    match fcntl(&fd, FcntlArg::F_GETLK(&mut seen)) {
+        Ok(_) => i32::from(seen.l_type) != libc::F_UNLCK && seen.l_pid == -1,
+        Err(_) => false,
+    }
+}
+
+/// Whether `fd` is the description that carries the gate: an OFD lock stands there, and does not stand in the way
+/// of `fd`'s own.
+pub fn is_held_by(fd: impl AsFd) -> bool {
+    let mut seen = flock(libc::F_WRLCK, DATABASE_BYTES);
+    let own = fcntl(&fd, FcntlArg::F_OFD_GETLK(&mut seen)).is_ok() && i32::from(seen.l_type) == libc::F_UNLCK;
+    own && stands(fd)
+}

@@ -1,0 +1,83 @@
+//! What turnstile itself reads of the wal-index: the header's two copies, their checksum, the read marks.
+//!
+//! Format: SQLite's wal.c, `struct WalIndexHdr` (48 bytes, twice) and `struct WalCkptInfo` behind it;
+//! <https://sqlite.org/walformat.html#the_wal_index_header>. In native byte order.
+
+use std::sync::atomic::{AtomicU32, Ordering, fence};
+
+/// `WALINDEX_MAX_VERSION` in wal.c.
+const WAL_INDEX_VERSION: u32 = 3_007_000;
+/// u32 words in one header copy.
+const HEADER_WORDS: usize = 12;
+/// Both copies and WalCkptInfo: 136 bytes (`WALINDEX_HDR_SIZE`).
+const ALL_WORDS: usize = 34;
+/// Word of `WalCkptInfo.aReadMark[0]`.
+const READ_MARKS: usize = 25;
+
+/// One copy of the header, as read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header([u32; HEADER_WORDS]);
+
+/// The first region's head, in shared memory that others write at any time: only ever read and written word by
+/// word through atomics.
+#[derive(Clone, Copy, Debug)]
+pub struct WalIndex {
+    words: *const AtomicU32,
+}
+
+impl WalIndex {
+    /// # Safety
+    /// `region0` must be the start of a mapped, 4-byte aligned first region that outlives the value.
+    pub unsafe fn new(region0: *mut u8) -> WalIndex {
+        WalIndex { words: region0.cast() }
+    }
+
+    fn word(&self, i: usize) -> &AtomicU32 {
+        assert!(i < ALL_WORDS);
+        // SAFETY: in bounds of the first region by the assertion; mapped by `new`'s contract.
+        unsafe { &*self.words.add(i) }
+    }
+
+    fn copy(&self, at: usize) -> Header {
+        Header(std::array::from_fn(|i| self.word(at + i).load(Ordering::Relaxed)))
+    }
+
+    /// The first copy: what wal.c compares a reader's own header with after it got its read lock.
+    pub fn header(&self) -> Header {
+        fence(Ordering::SeqCst);
+        self.copy(0)
+    }
+
+    /// The header if both copies agree, the checksum is right and the index is initialised: what
+    /// `walIndexTryHdr` accepts. Read in its order: first copy, barrier, second copy.
+    pub fn valid_header(&self) -> Option<Header> {
+        let first = self.copy(0);
+        fence(Ordering::SeqCst);
+        let second = self.copy(HEADER_WORDS);
+        let h = first.0;
+        let is_init = h[3].to_ne_bytes()[0];
+        let sum = checksum(&h[..10]);
+        (first == second && is_init != 0 && h[0] == WAL_INDEX_VERSION && sum == [h[10], h[11]])
+            .then_some(first)
+    }
+
+    /// `aReadMark[i]`.
+    pub fn read_mark(&self, i: usize) -> u32 {
+        self.word(READ_MARKS + i.min(4)).load(Ordering::SeqCst)
+    }
+
+    /// Makes the next reader recover the index from the WAL.
+    pub fn invalidate(&self) {
+        for i in 0..ALL_WORDS {
+            self.word(i).store(0, Ordering::SeqCst);
+        }
+    }
+}
+
+/// `walChecksumBytes` in native byte order, over pairs of words.
+fn checksum(words: &[u32]) -> [u32; 2] {
+    words.chunks_exact(2).fold([0u32, 0u32], |[s1, s2], pair| {
+        let s1 = s1.wrapping_add(pair[0]).wrapping_add(s2);
+        [s1, s2.wrapping_add(pair[1]).wrapping_add(s1)]
+    })
+}
