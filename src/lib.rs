@@ -2,6 +2,8 @@
 //!
 //! What knows whom is in `docs/architecture.md`; a test holds the modules to it.
 
+pub mod client;
 pub mod lock;
 pub mod planted;
 pub mod segment;
+pub mod wire;

@@ -1,0 +1,42 @@
+//! The process's side of turnstile: its session with the broker, its seats, waiting, fork.
+//!
+//! The host application owns its process: no thread is started here, nothing is printed, no signal or
+//! environment touched, and every descriptor is checked before it is used or closed, because programs close
+//! descriptors they do not know and the numbers come back as something else.
+//!
+//! * [`config`]: environment and URI parameters. [`place`]: which broker socket.
+//! * [`session`]: one connection to the broker, shared by all threads. [`autostart`] and [`spawn`]: starting one.
+//! * [`member`]: a seat and what it can ask for. [`shared`]: a database's segment as this process maps it.
+//! * [`activity`]: this process's own connections. [`fork`]: what a forked child must not touch. [`host`]: descriptors that are not ours alone.
+
+pub mod activity;
+pub mod autostart;
+pub mod config;
+pub mod fork;
+pub mod host;
+pub mod member;
+pub mod place;
+pub mod session;
+pub mod shared;
+pub mod spawn;
+
+/// Why a database could not be joined.
+#[derive(Debug, thiserror::Error)]
+pub enum JoinError {
+    /// No broker can be talked to.
+    #[error("{0}")]
+    NoBroker(String),
+    /// The broker said no.
+    #[error("{reason}")]
+    Refused { why: crate::wire::message::Refusal, reason: String },
+    /// The session broke.
+    #[error("the broker is gone")]
+    Lost,
+    #[error("{0}")]
+    Io(#[from] std::io::Error),
+}
+
+/// The session is gone: the broker stopped or was killed, or the host closed our descriptors.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("the session with the broker is lost")]
+pub struct Lost;

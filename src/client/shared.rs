@@ -1,0 +1,121 @@
+//! A database's segment as this process maps it: one for all its connections to that database.
+
+use super::fork;
+use super::host::HostFd;
+use crate::planted::planted;
+use crate::segment::gate;
+use crate::segment::layout::{CONTROL_SIZE, REGION_SIZE, WAL_INDEX_SIZE};
+use crate::segment::mapping::ControlMap;
+use crate::segment::memfd;
+use crate::wire::message::Role;
+use memmap2::{MmapOptions, MmapRaw};
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::{Mutex, PoisonError};
+
+/// Regions are mapped in chunks: a region is smaller than a page on some machines.
+const REGIONS_PER_CHUNK: u32 = 32;
+const CHUNK_SIZE: usize = REGIONS_PER_CHUNK as usize * REGION_SIZE;
+
+#[derive(Debug)]
+pub struct Shared {
+    control: ControlMap,
+    wal_index_fd: HostFd,
+    /// Kept so that the kernel keeps the gate as long as this process has the segment mapped.
+    gate: Option<HostFd>,
+    role: Role,
+    chunks: Mutex<BTreeMap<u32, MmapRaw>>,
+    /// Read-write descriptors opened for read-only connections; closing one drops the process's POSIX locks on
+    /// the file, so they live as long as the gate.
+    own_descriptors: Mutex<Vec<HostFd>>,
+    epoch: u64,
+}
+
+impl Shared {
+    /// Maps what the broker sent: control, wal-index and, read-write, the gate. Checks what it can.
+    pub fn open(fds: Vec<OwnedFd>, nonce: u64, role: Role) -> io::Result<Shared> {
+        let mut fds = fds.into_iter();
+        let (Some(control), Some(wal_index)) = (fds.next(), fds.next()) else {
+            return Err(io::Error::other("the segment's descriptors did not arrive: too many open files"));
+        };
+        let gate = fds.next();
+        if gate.is_some() != (role == Role::ReadWrite) {
+            return Err(io::Error::other(
+                "not all of the segment's descriptors arrived: too many open files",
+            ));
+        }
+        if !memfd::is_sealed(&control, CONTROL_SIZE) || !memfd::is_sealed(&wal_index, WAL_INDEX_SIZE) {
+            return Err(io::Error::other("the broker's segment is not sealed"));
+        }
+        Ok(Shared {
+            control: ControlMap::open(&control, nonce)?,
+            wal_index_fd: HostFd::new(wal_index)?,
+            gate: gate.map(HostFd::new).transpose()?,
+            role,
+            chunks: Mutex::default(),
+            own_descriptors: Mutex::default(),
+            epoch: fork::epoch(),
+        })
+    }
+
+    /// The segment must not be used any more.
+    pub fn poisoned(&self) -> bool {
+        self.control.poisoned()
+    }
+
+    /// Regions that may be mapped.
+    pub fn regions(&self) -> u32 {
+        self.control.regions()
+    }
+
+    /// The address of a wal-index region that has been handed out. It stays until the last connection leaves.
+    pub fn region(&self, region: u32) -> io::Result<*mut u8> {
+        let chunk = region / REGIONS_PER_CHUNK;
+        let mut chunks = self.chunks.lock().unwrap_or_else(PoisonError::into_inner);
+        if let std::collections::btree_map::Entry::Vacant(entry) = chunks.entry(chunk) {
+            let fd = self.wal_index_fd.get().ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))?;
+            let mut options = MmapOptions::new();
+            options.offset(u64::from(chunk) * CHUNK_SIZE as u64).len(CHUNK_SIZE);
+            let map = match self.role {
+                Role::ReadWrite => options.map_raw(fd.as_raw_fd())?,
+                Role::ReadOnly => options.map_raw_read_only(fd.as_raw_fd())?,
+            };
+            fork::remember_mapping(map.as_ptr() as usize, map.len());
+            entry.insert(map);
+        }
+        let map = &chunks[&chunk];
+        let offset = (region % REGIONS_PER_CHUNK) as usize * REGION_SIZE;
+        // SAFETY: the offset is inside the chunk.
+        Ok(unsafe { map.as_mut_ptr().add(offset) })
+    }
+
+    /// Keeps a descriptor of the database until the gate is given up.
+    pub fn keep(&self, fd: HostFd) {
+        self.own_descriptors.lock().unwrap_or_else(PoisonError::into_inner).push(fd);
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        let chunks = std::mem::take(self.chunks.get_mut().unwrap_or_else(PoisonError::into_inner));
+        for (_, map) in chunks {
+            if self.epoch == fork::epoch() {
+                fork::forget_mapping(map.as_ptr() as usize);
+            }
+            drop(map);
+        }
+        // Closing any descriptor of the database drops this process's POSIX locks on it. While the gate stands
+        // nobody has any; if somebody has opened it under us (a broker that stopped), a plain or guest connection
+        // of this process may, and the descriptors stay open. Our own ones go first: they hold no gate.
+        let gate = self.gate.as_ref().and_then(HostFd::get);
+        let stands = gate.is_some_and(gate::is_held_by) || planted("late-close-of-gate");
+        let own = std::mem::take(self.own_descriptors.get_mut().unwrap_or_else(PoisonError::into_inner));
+        for fd in own.into_iter().chain(self.gate.take()) {
+            match stands {
+                true => drop(fd),
+                false => std::mem::forget(fd),
+            }
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! Packets with descriptors over a `SOCK_SEQPACKET` Unix socket. Nothing here blocks longer than it is told.
+
+use super::{MAX_FDS, MAX_PACKET};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect, sendmsg, socket,
+};
+use serde::{Serialize, de::DeserializeOwned};
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// A received packet.
+#[derive(Debug)]
+pub struct Packet {
+    pub bytes: Vec<u8>,
+    pub fds: Vec<OwnedFd>,
+    /// Descriptors were sent that could not be received (this process has no room for more).
+    pub fds_lost: bool,
+}
+
+impl Packet {
+    /// Decodes the whole packet as one message; bytes left over are an error.
+    pub fn decode<T: DeserializeOwned>(&self) -> io::Result<T> {
+        let (value, rest) = postcard::take_from_bytes(&self.bytes)
+            .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
+        match rest.is_empty() {
+            true => Ok(value),
+            false => Err(io::Error::new(io::ErrorKind::InvalidData, "bytes left over after a message")),
+        }
+    }
+}
+
+/// A non-blocking, close-on-exec seqpacket socket, connected to `path`.
+///
+/// A path longer than `sun_path` (107 bytes) is reached through `/proc/self/fd` of its directory.
+pub fn connect_to(path: &Path) -> io::Result<OwnedFd> {
+    let fd = new_socket()?;
+    match UnixAddr::new(path) {
+        Ok(address) => connect(fd.as_raw_fd(), &address)?,
+        Err(Errno::ENAMETOOLONG) => {
+            let (_dir, short) = short_path(path)?;
+            connect(fd.as_raw_fd(), &UnixAddr::new(&short)?)?;
+        }
+        Err(e) => return Err(e.into()),
+    }
+    Ok(fd)
+}
+
+/// A non-blocking, close-on-exec seqpacket socket.
+pub fn new_socket() -> nix::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)
+}
+
+/// A name for `path` that fits `sun_path`; the descriptor must live as long as the name is used.
+pub fn short_path(path: &Path) -> io::Result<(OwnedFd, std::path::PathBuf)> {
+    use nix::fcntl::{OFlag, open};
+    let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let name = path.file_name().ok_or(Errno::EINVAL)?;
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let dir = open(dir, flags, nix::sys::stat::Mode::empty())?;
+    let short = Path::new("/proc/self/fd").join(dir.as_raw_fd().to_string()).join(name);
+    Ok((dir, short))
+}
+
+/// Encodes a message for [`send`].
+pub fn encode(message: &impl Serialize) -> io::Result<Vec<u8>> {
+    let bytes = postcard::to_stdvec(message).map_err(io::Error::other)?;
+    match bytes.len() <= MAX_PACKET {
+        true => Ok(bytes),
+        false => Err(io::Error::new(io::ErrorKind::InvalidInput, "message too long")),
+    }
+}
+
+/// Sends one packet, or fails with `WouldBlock`. Never raises SIGPIPE.
+pub fn send(fd: impl AsFd, bytes: &[u8], fds: &[RawFd]) -> io::Result<()> {
+    let rights = [ControlMessage::ScmRights(fds)];
+    let control: &[ControlMessage] = if fds.is_empty() { &[] } else { &rights };
+    let iov = [IoSlice::new(bytes)];
+    loop {
+        match sendmsg::<()>(fd.as_fd().as_raw_fd(), &iov, control, MsgFlags::MSG_NOSIGNAL, None) {
+            Ok(_) => return Ok(()),
+            Err(Errno::EINTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+/// Sends one packet and waits up to `limit` for room.
+pub fn send_within(fd: impl AsFd, bytes: &[u8], fds: &[RawFd], limit: Duration) -> io::Result<()> {
+    let end = Instant::now() + limit;
+    loop {
+        match send(&fd, bytes, fds) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                let left = end.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return Err(e);
+                }
+                wait(&fd, PollFlags::POLLOUT, left)?;
+            }
+            other => return other,
+        }
+    }
+}
+
+/// Receives one packet, or fails with `WouldBlock`; `UnexpectedEof` when the peer has closed, `InvalidData` when
+/// the packet did not fit (what arrived of its descriptors is closed).
+pub fn receive(fd: impl AsFd) -> io::Result<Packet> {
+    /// `SCM_MAX_FD`, net/scm.h: the kernel lets no packet carry more, so that none is installed and not owned.
+    const MOST_FDS: usize = 253;
+    let mut bytes = vec![0u8; MAX_PACKET + 1];
+    let mut control = [0u64; (MOST_FDS * size_of::<RawFd>()).div_ceil(8) + 4];
+    let mut iov = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+    // SAFETY: msghdr is plain data for which all-zero is valid.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &mut iov;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = size_of_val(&control) as _;
+    let length = loop {
+        // SAFETY: the buffers outlive the call and are as long as said; `control` is aligned for cmsghdr.
+        let n = unsafe { libc::recvmsg(fd.as_fd().as_raw_fd(), &mut message, libc::MSG_CMSG_CLOEXEC) };
+        match Errno::result(n) {
+            Ok(n) => break n as usize,
+            Err(Errno::EINTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    };
+    // SAFETY: filled by the call above.
+    let fds = unsafe { received_descriptors(&message) };
+    let truncated = message.msg_flags & libc::MSG_TRUNC != 0 || length > MAX_PACKET;
+    if truncated || fds.len() > MAX_FDS {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "a packet too long, or with too many descriptors",
+        ));
+    }
+    if length == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    bytes.truncate(length);
+    Ok(Packet { bytes, fds, fds_lost: message.msg_flags & libc::MSG_CTRUNC != 0 })
+}
+
+/// Owns the descriptors that came with a packet, also of one that lost some. (nix hands out none of those then,
+/// and they would stay open for ever.)
+///
+/// # Safety
+/// `message` was filled by recvmsg and its control buffer is alive.
+unsafe fn received_descriptors(message: &libc::msghdr) -> Vec<OwnedFd> {
+    let mut fds = Vec::new();
+    // SAFETY: by contract; the CMSG macros stay inside the control buffer.
+    unsafe {
+        let mut header = libc::CMSG_FIRSTHDR(message);
+        while let Some(h) = header.as_ref() {
+            if h.cmsg_level == libc::SOL_SOCKET && h.cmsg_type == libc::SCM_RIGHTS {
+                let data = libc::CMSG_DATA(header).cast::<RawFd>();
+                #[allow(clippy::unnecessary_cast)] // another type in musl
+                let length = h.cmsg_len as usize;
+                let count = (length - libc::CMSG_LEN(0) as usize) / size_of::<RawFd>();
+                // Just installed by the kernel for us; nobody else owns them.
+                fds.extend((0..count).map(|i| OwnedFd::from_raw_fd(data.add(i).read_unaligned())));
+            }
+            header = libc::CMSG_NXTHDR(message, header);
+        }
+    }
+    fds
+}
+
+/// Waits for `flags` on `fd`; false when `limit` passed first.
+pub fn wait(fd: impl AsFd, flags: PollFlags, limit: Duration) -> io::Result<bool> {
+    let ms = u16::try_from(limit.as_micros().div_ceil(1000)).unwrap_or(u16::MAX);
+    let mut fds = [PollFd::new(fd.as_fd(), flags)];
+    match poll(&mut fds, PollTimeout::from(ms)) {
+        Ok(n) => Ok(n > 0),
+        Err(Errno::EINTR) => Ok(false),
+        Err(e) => Err(e.into()),
+    }
+}
