@@ -2,6 +2,7 @@
 //!
 //! What knows whom is in `docs/architecture.md`; a test holds the modules to it.
 
+pub mod broker;
 pub mod client;
 pub mod lock;
 pub mod planted;

@@ -1,0 +1,167 @@
+//! One database: its identity, its mode, its seats, its locks, its segment.
+
+use crate::lock::SeatId;
+use crate::lock::locks::Locks;
+use crate::lock::unused::Unused;
+use crate::segment::gate::Gate;
+use crate::segment::layout::{CONTROL_SIZE, MAX_REGIONS, REGION_SIZE, WAL_INDEX_SIZE};
+use crate::segment::mapping::ControlMap;
+use crate::segment::memfd;
+use crate::segment::wal_index::WalIndex;
+use crate::wire::message::{ConnectionKey, Role};
+use memmap2::{MmapOptions, MmapRaw};
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::time::{Instant, SystemTime};
+
+/// Most seats of one database.
+pub const MAX_SEATS: usize = 1024;
+
+/// What makes two paths the same database: never a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Identity {
+    pub device: u64,
+    pub inode: u64,
+}
+
+/// Where `-wal` and `-journal` are found: all read-write members must agree.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Home {
+    pub directory: Identity,
+    /// Bytes: a file's name need not be UTF-8.
+    pub name: Vec<u8>,
+}
+
+impl Home {
+    pub fn display(&self) -> String {
+        super::session::printable_name(&self.name)
+    }
+}
+
+/// One SQLite connection's place.
+#[derive(Debug)]
+pub struct Seat {
+    pub session: u64,
+    /// The connection of its last lock request.
+    pub connection: ConnectionKey,
+    pub role: Role,
+    pub sqlite_version: String,
+    /// Tells the SQLite libraries of one process apart.
+    pub library: u64,
+    pub since: SystemTime,
+    /// The thread of its last lock request.
+    pub thread: i32,
+    /// Its last message.
+    pub heard: Instant,
+    /// The request that waits for an answer.
+    pub request: Option<u64>,
+}
+
+/// The two memfds of a gated database and the broker's own mappings of them.
+#[derive(Debug)]
+pub struct Segment {
+    pub control_fd: OwnedFd,
+    pub wal_index_fd: OwnedFd,
+    pub control: ControlMap,
+    pub nonce: u64,
+    regions: u32,
+    region0: MmapRaw,
+}
+
+impl Segment {
+    pub fn create() -> io::Result<Segment> {
+        let control_fd = memfd::create(c"turnstile-control", CONTROL_SIZE)?;
+        let wal_index_fd = memfd::create(c"turnstile-wal-index", WAL_INDEX_SIZE)?;
+        memfd::allocate(&control_fd, 0, CONTROL_SIZE)?;
+        memfd::allocate(&wal_index_fd, 0, REGION_SIZE)?;
+        let mut nonce = [0u8; 8];
+        // SAFETY: getrandom writes at most the eight bytes it is given room for.
+        let n = unsafe { libc::getrandom(nonce.as_mut_ptr().cast(), nonce.len(), 0) };
+        if n != nonce.len() as isize {
+            return Err(io::Error::last_os_error());
+        }
+        let nonce = u64::from_ne_bytes(nonce);
+        let control = ControlMap::create(&control_fd, nonce)?;
+        let region0 = MmapOptions::new().len(REGION_SIZE).map_raw(&wal_index_fd)?;
+        Ok(Segment { control_fd, wal_index_fd, control, nonce, regions: 0, region0 })
+    }
+
+    /// At least `wanted` regions, allocated before they are announced. The broker's own count decides, not the
+    /// one in shared memory.
+    pub fn grow(&mut self, wanted: u32) -> io::Result<u32> {
+        if wanted > MAX_REGIONS {
+            return Err(io::Error::other("the wal-index has reached its limit"));
+        }
+        if wanted > self.regions {
+            let from = self.regions as usize * REGION_SIZE;
+            memfd::allocate(&self.wal_index_fd, from, wanted as usize * REGION_SIZE - from)?;
+            self.regions = wanted;
+            self.control.set_regions(wanted);
+        }
+        Ok(self.regions)
+    }
+
+    pub fn regions(&self) -> u32 {
+        self.regions
+    }
+
+    /// The next reader recovers the wal-index from the WAL.
+    pub fn invalidate(&self) {
+        // SAFETY: region0 is mapped, page-aligned and lives as long as self.
+        unsafe { WalIndex::new(self.region0.as_mut_ptr()) }.invalidate();
+    }
+}
+
+#[derive(Debug)]
+pub enum State {
+    Gated { gate: Gate, segment: Box<Segment> },
+    Guest { reason: String },
+}
+
+/// See [`super::waits`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Suspect {
+    pub unused: Unused,
+    /// Nanoseconds on a processor; `None`: the kernel does not say.
+    pub ran: Option<u64>,
+}
+
+#[derive(Debug)]
+pub struct Database {
+    pub identity: Identity,
+    pub home: Option<Home>,
+    pub state: State,
+    pub locks: Locks,
+    pub seats: BTreeMap<SeatId, Seat>,
+    /// A seat whose turn is unused, with what its thread had run when that was noticed.
+    pub suspect: Option<Suspect>,
+    /// Waits that were ended because they closed a cycle, for `status`.
+    pub deadlocks: u64,
+}
+
+impl Database {
+    /// The smallest free seat number.
+    pub fn free_seat(&self) -> Option<SeatId> {
+        let taken = self.seats.keys().copied();
+        let free = taken.zip(1..).find(|(taken, expected)| taken != expected).map(|(_, free)| free);
+        let seat = free.unwrap_or(self.seats.len() as SeatId + 1);
+        (seat as usize <= MAX_SEATS).then_some(seat)
+    }
+
+    /// The session has the segment's descriptors for this role already.
+    pub fn has_session(&self, session: u64, role: Role) -> bool {
+        self.seats.values().any(|s| s.session == session && s.role == role)
+    }
+
+    /// No transaction is open: nothing but the SHARED lock that a WAL connection keeps for life.
+    pub fn is_quiet(&self) -> bool {
+        let t = self.locks.table();
+        let writers = [t.reserved, t.pending, t.exclusive].iter().any(Option::is_some);
+        let slots = self.seats.keys().any(|s| {
+            let holds = t.shared_holds(*s);
+            holds.slots != 0 || t.owned_slots(*s) != 0 || (holds.file && !self.locks.has_wal_index(*s))
+        });
+        !writers && !slots
+    }
+}

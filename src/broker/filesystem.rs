@@ -1,0 +1,143 @@
+//! Which filesystem a descriptor is on, told without touching the file.
+//!
+//! A hostile FUSE file blocks `fstat`, `fcntl` and even `close`; `/proc/self/fdinfo` and `mountinfo` are the
+//! kernel's own and answer at once.
+
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+/// Local filesystems whose locks and mappings every process on this kernel shares.
+const LOCAL: &[&str] = &[
+    "ext2",
+    "ext3",
+    "ext4",
+    "xfs",
+    "btrfs",
+    "tmpfs",
+    "ramfs",
+    "overlay",
+    "zfs",
+    "f2fs",
+    "bcachefs",
+    "jfs",
+    "nilfs2",
+    "reiserfs",
+    "erofs",
+    "squashfs",
+    "iso9660",
+    "udf",
+    "vfat",
+    "exfat",
+    "ntfs3",
+    "ecryptfs",
+    "rootfs",
+    "devtmpfs",
+    "hugetlbfs",
+    "ubifs",
+    "shiftfs",
+];
+
+/// A filesystem type and where it is mounted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mount {
+    pub id: u64,
+    pub kind: String,
+}
+
+impl Mount {
+    pub fn is_local(&self) -> bool {
+        LOCAL.contains(&self.kind.as_str())
+    }
+
+    /// Why a file here is refused, for people.
+    pub fn reason(&self) -> String {
+        let kind = &self.kind;
+        let fuse = kind.starts_with("fuse") || kind == "virtiofs";
+        let network = matches!(
+            kind.as_str(),
+            "nfs" | "nfs4" | "cifs" | "smb3" | "9p" | "ceph" | "afs" | "gfs2" | "ocfs2"
+        );
+        match (fuse, network) {
+            (true, _) => format!(
+                "it is on a FUSE filesystem ({kind}): a second mount of it would look like another file, and two \
+                 writers would lose each other's rows"
+            ),
+            (_, true) => {
+                format!("it is on a network filesystem ({kind}): other hosts do not see this host's locks")
+            }
+            _ => format!("it is on a filesystem ({kind}) that turnstile does not know to be local"),
+        }
+    }
+}
+
+/// The mount that `fd` came through. `peer_pid`: where to look when it is of another mount namespace.
+pub fn mount_of(fd: impl AsFd, peer_pid: i32) -> Option<Mount> {
+    let fd = fd.as_fd();
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).ok()?;
+    let id: u64 = info.lines().find_map(|l| l.strip_prefix("mnt_id:"))?.trim().parse().ok()?;
+    let own = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let by_id = |table: &str| kind_in(table, |fields| fields.first() == Some(&id.to_string().as_str()));
+    let peers = || fs::read_to_string(format!("/proc/{peer_pid}/mountinfo")).ok();
+    let kind = by_id(&own).or_else(|| by_id(&peers()?)).or_else(|| kind_by_device(fd, &own))?;
+    Some(Mount { id, kind })
+}
+
+/// The type of a filesystem whose mount cannot be seen from here (a broker in a container of its own): of
+/// another mount of the same device, else by the magic number, which only a filesystem on a block device is
+/// asked for: it answers at once.
+fn kind_by_device(fd: BorrowedFd, own_mounts: &str) -> Option<String> {
+    // SAFETY: statx is plain data for which all-zero is valid.
+    let mut stx: libc::statx = unsafe { std::mem::zeroed() };
+    // No filesystem is asked: what the kernel has cached will do.
+    let flags = libc::AT_EMPTY_PATH | libc::AT_STATX_DONT_SYNC;
+    // SAFETY: an empty name, and the kernel writes one statx into `stx`.
+    if unsafe { libc::statx(fd.as_raw_fd(), c"".as_ptr(), flags, libc::STATX_TYPE, &mut stx) } != 0 {
+        return None;
+    }
+    let device = format!("{}:{}", stx.stx_dev_major, stx.stx_dev_minor);
+    if let Some(kind) = kind_in(own_mounts, |fields| fields.get(2) == Some(&device.as_str())) {
+        return Some(kind);
+    }
+    use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, XFS_SUPER_MAGIC, fstatfs};
+    let kind: FsType = (stx.stx_dev_major != 0).then(|| fstatfs(fd).ok())??.filesystem_type();
+    let known = [(EXT4_SUPER_MAGIC, "ext4"), (XFS_SUPER_MAGIC, "xfs"), (BTRFS_SUPER_MAGIC, "btrfs")];
+    known.iter().find(|(magic, _)| *magic == kind).map(|(_, name)| (*name).to_owned())
+}
+
+/// The filesystem type of the first line of a mountinfo file (proc(5)) whose fields match.
+fn kind_in(mountinfo: &str, matches: impl Fn(&[&str]) -> bool) -> Option<String> {
+    mountinfo.lines().find_map(|line| {
+        let (fixed, rest) = line.split_once(" - ")?;
+        let fields: Vec<&str> = fixed.split(' ').collect();
+        matches(&fields).then(|| rest.split(' ').next().unwrap_or_default().to_owned())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mountinfo_is_read_by_id_and_optional_fields_are_skipped() {
+        let text = "28 1 254:0 / / rw,relatime shared:1 master:2 - ext4 /dev/vda rw\n\
+                    91 28 0:50 / /mnt rw - fuse.bindfs bindfs rw\n";
+        let by_id = |id: &str| kind_in(text, |fields| fields[0] == id);
+        assert_eq!(by_id("28").as_deref(), Some("ext4"));
+        assert_eq!(by_id("91").as_deref(), Some("fuse.bindfs"));
+        assert_eq!(by_id("2"), None);
+        assert_eq!(kind_in(text, |fields| fields[2] == "254:0").as_deref(), Some("ext4"));
+    }
+
+    #[test]
+    fn unknown_kinds_are_not_local() {
+        for kind in ["fuse.sshfs", "nfs4", "9p", "virtiofs", "somethingfs"] {
+            assert!(!Mount { id: 1, kind: kind.into() }.is_local(), "{kind}");
+        }
+    }
+
+    #[test]
+    fn a_file_of_this_process_has_a_mount() {
+        let file = tempfile::tempfile().unwrap();
+        assert!(mount_of(&file, std::process::id() as i32).is_some());
+    }
+}

@@ -1,0 +1,144 @@
+//! Judging what a client sends to join with. Descriptors are the proof of access; nothing said is believed.
+
+use super::database::{Home, Identity};
+use super::filesystem::mount_of;
+use crate::wire::message::{Join, Refusal, Role};
+use nix::fcntl::{AtFlags, FcntlArg, OFlag, fcntl};
+use nix::sys::stat::{FileStat, SFlag, fstat, fstatat};
+use std::ffi::OsStr;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+
+/// A refusal and its sentence for people.
+pub type Refused = (Refusal, String);
+
+/// A join whose descriptors passed.
+#[derive(Debug)]
+pub struct Candidate {
+    pub identity: Identity,
+    pub role: Role,
+    pub home: Home,
+    pub database: OwnedFd,
+    pub shm: Option<OwnedFd>,
+    /// There is a `-shm` that the client could not open for writing, so its locks cannot be looked at.
+    pub shm_unseen: bool,
+}
+
+fn identity(st: &FileStat) -> Identity {
+    Identity { device: st.st_dev, inode: st.st_ino }
+}
+
+fn refuse<T>(why: Refusal, reason: impl Into<String>) -> Result<T, Refused> {
+    Err((why, reason.into()))
+}
+
+/// Judges the descriptors of a join. `lenient`: unsafe filesystems were explicitly allowed.
+pub fn judge(join: &Join, fds: Vec<OwnedFd>, peer_pid: i32, lenient: bool) -> Result<Candidate, Refused> {
+    use Refusal::{BadDescriptor, UnsafePlace};
+    let mut fds = fds.into_iter();
+    let (Some(database), Some(directory)) = (fds.next(), fds.next()) else {
+        return refuse(BadDescriptor, "a join needs the database's descriptor and its directory's");
+    };
+    let shm = fds.next().filter(|_| join.has_shm);
+
+    // The filesystem first: a file on a hostile one must not be touched.
+    let mut mounts = Vec::new();
+    for fd in [Some(&database), Some(&directory), shm.as_ref()].into_iter().flatten() {
+        match mount_of(fd, peer_pid) {
+            Some(mount) if mount.is_local() || lenient => mounts.push(mount.id),
+            Some(mount) => return refuse(UnsafePlace, mount.reason()),
+            None => return refuse(UnsafePlace, "the broker cannot tell which filesystem it is on"),
+        }
+    }
+
+    let role = role_of(&database)?;
+    let stat = fstat(&database).map_err(|e| (BadDescriptor, format!("fstat: {e}")))?;
+    if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT != SFlag::S_IFREG {
+        return refuse(BadDescriptor, "it is not a regular file");
+    }
+    let home = home_of(join, &stat, &directory, mounts[0], mounts[1])?;
+    let shm_name = [&home.name[..], b"-shm"].concat();
+    let there = fstatat(&directory, OsStr::from_bytes(&shm_name), AtFlags::AT_SYMLINK_NOFOLLOW).ok();
+    let shm = match (shm, &there) {
+        (Some(fd), Some(there)) => {
+            let st = fstat(&fd).map_err(|e| (BadDescriptor, format!("fstat: {e}")))?;
+            if identity(&st) != identity(there) || role_of(&fd)? != Role::ReadWrite {
+                return refuse(BadDescriptor, "the -shm descriptor is not this database's -shm file");
+            }
+            Some(fd)
+        }
+        // None was sent, or a plain client's last close has just removed it.
+        _ => None,
+    };
+    let shm_unseen = shm.is_none() && there.is_some();
+    Ok(Candidate { identity: identity(&stat), role, home, database, shm, shm_unseen })
+}
+
+/// Read-write or read-only by the descriptor's own open mode. Descriptors that prove no access, or that SQLite
+/// would never use, are refused: an `O_PATH` descriptor reads as read-only and anyone can get one.
+fn role_of(fd: &OwnedFd) -> Result<Role, Refused> {
+    let bits = fcntl(fd, FcntlArg::F_GETFL).map_err(|e| (Refusal::BadDescriptor, format!("fcntl: {e}")))?;
+    let flags = OFlag::from_bits_retain(bits);
+    let odd = OFlag::O_APPEND | OFlag::O_DIRECT;
+    let path_only = flags.contains(OFlag::O_PATH) && !crate::planted::planted("o-path-is-access");
+    match bits & libc::O_ACCMODE {
+        _ if path_only => refuse(Refusal::BadDescriptor, "an O_PATH descriptor proves no access to the file"),
+        _ if flags.intersects(odd) => refuse(Refusal::BadDescriptor, "opened with O_APPEND or O_DIRECT"),
+        libc::O_RDWR => Ok(Role::ReadWrite),
+        libc::O_RDONLY => Ok(Role::ReadOnly),
+        _ => refuse(Refusal::BadDescriptor, "opened write-only"),
+    }
+}
+
+/// The directory and name are believed only if the name, in that directory, is this very file, on the same
+/// mount, without following a link: `-wal` and `-journal` will be looked for beside it.
+fn home_of(
+    join: &Join,
+    file: &FileStat,
+    directory: &OwnedFd,
+    file_mount: u64,
+    directory_mount: u64,
+) -> Result<Home, Refused> {
+    let plain =
+        |n: &Vec<u8>| !n.is_empty() && !n.contains(&b'/') && !n.contains(&0) && n != b"." && n != b"..";
+    let Some(name) = join.name.clone().filter(plain) else {
+        return refuse(Refusal::BadDescriptor, "the file's name is missing or not a plain name");
+    };
+    let dir =
+        fstat(directory).map_err(|e| (Refusal::BadDescriptor, format!("fstat of the directory: {e}")))?;
+    let follow = if crate::planted::planted("claim-follows-links") {
+        AtFlags::empty()
+    } else {
+        AtFlags::AT_SYMLINK_NOFOLLOW
+    };
+    let there = fstatat(directory, OsStr::from_bytes(&name), follow);
+    if !there.is_ok_and(|t| identity(&t) == identity(file)) {
+        let name = super::session::printable_name(&name);
+        let reason = format!(
+            "'{name}' in the directory it was opened from is not this file (moved, replaced or a link)"
+        );
+        return refuse(Refusal::UnsafePlace, reason);
+    }
+    if mount_of_name(directory, &name).is_some_and(|m| m != directory_mount) || file_mount != directory_mount
+    {
+        return refuse(
+            Refusal::UnsafePlace,
+            "it is a bind mount of a single file: its -wal would be made beside the mount point and others would \
+             not find it; mount the directory instead",
+        );
+    }
+    Ok(Home { directory: identity(&dir), name })
+}
+
+/// The mount of a name in a directory (`statx`, `STATX_MNT_ID`), which differs from the directory's when a file
+/// is mounted over the name.
+fn mount_of_name(directory: &OwnedFd, name: &[u8]) -> Option<u64> {
+    let name = std::ffi::CString::new(name).ok()?;
+    // SAFETY: statx is plain data for which all-zero is valid.
+    let mut stx: libc::statx = unsafe { std::mem::zeroed() };
+    let flags = libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT;
+    // SAFETY: the name is NUL-terminated and the kernel writes one statx into `stx`.
+    let rc =
+        unsafe { libc::statx(directory.as_raw_fd(), name.as_ptr(), flags, libc::STATX_MNT_ID, &mut stx) };
+    (rc == 0 && stx.stx_mask & libc::STATX_MNT_ID != 0).then_some(stx.stx_mnt_id)
+}

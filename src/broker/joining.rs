@@ -1,0 +1,304 @@
+//! From a judged descriptor to a seat: the gate, or guest mode when plain clients hold the file.
+
+use super::database::{Database, Seat, Segment, State};
+use super::join::{self, Candidate, Refused};
+use super::server::Server;
+use crate::lock::locks::Locks;
+use crate::planted::planted;
+use crate::segment::gate::{self, Conflict, GateError};
+use crate::wire::message::{FromBroker, Join, Joined, Mode, Refusal, Role, SeatKey};
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant, SystemTime};
+
+/// How long the gate is tried for: a plain client may just be passing.
+const GATE_PATIENCE: Duration = Duration::from_millis(100);
+/// Between two tries.
+const GATE_RETRY: Duration = Duration::from_millis(2);
+
+/// A join that waits for the gate.
+struct Pending {
+    session: u64,
+    id: u64,
+    join: Join,
+    candidate: Candidate,
+}
+
+/// A database whose gate is being tried for.
+pub struct Forming {
+    joins: Vec<Pending>,
+    since: Instant,
+    pub next_try: Instant,
+}
+
+impl Forming {
+    pub fn forget_session(&mut self, session: u64) {
+        self.joins.retain(|p| p.session != session);
+    }
+}
+
+impl Server {
+    /// A `Join` message.
+    pub(super) fn join(&mut self, session: u64, id: u64, join: Join, fds: Vec<OwnedFd>) {
+        if let Err((why, reason)) = self.try_join(session, id, join, fds) {
+            self.refuse(session, id, why, reason);
+        }
+    }
+
+    fn refuse(&mut self, session: u64, id: u64, why: Refusal, reason: String) {
+        if let Some(s) = self.sessions.get(&session) {
+            tracing::info!(session, client = s.label(), ?why, "join refused: {reason}");
+        }
+        self.send(session, &FromBroker::Refused { id, why, reason });
+    }
+
+    fn try_join(&mut self, session: u64, id: u64, join: Join, fds: Vec<OwnedFd>) -> Result<(), Refused> {
+        if self.stopping.is_some() {
+            return Err((Refusal::Stopping, "the broker is stopping".into()));
+        }
+        let Some(s) = self.sessions.get(&session) else { return Ok(()) };
+        // An unsafe place harms its own users; but only the broker's own user may ask for it, because touching
+        // a hostile file can hang the broker.
+        let own_user = s.peer.uid == nix::unistd::geteuid().as_raw() || s.peer.uid == 0;
+        let lenient = self.options.allow_unsafe || (join.allow_unsafe && own_user);
+        let candidate = join::judge(&join, fds, s.peer.pid, lenient)?;
+        if lenient && join.allow_unsafe {
+            tracing::warn!(
+                session,
+                name = candidate.home.display(),
+                "filesystem checks overridden by the client"
+            );
+        }
+        let pending = Pending { session, id, join, candidate };
+        let identity = pending.candidate.identity;
+        if let Some(number) = self.number_of(identity) {
+            return self.take_seat(number, pending);
+        }
+        if let Some(f) =
+            self.forming.iter_mut().find(|f| f.joins.iter().any(|p| p.candidate.identity == identity))
+        {
+            f.joins.push(pending);
+            return Ok(());
+        }
+        let now = Instant::now();
+        self.forming.push(Forming { joins: vec![pending], since: now, next_try: now });
+        self.try_forming(now);
+        Ok(())
+    }
+
+    fn number_of(&self, identity: super::database::Identity) -> Option<u32> {
+        self.databases.iter().find(|(_, d)| d.identity == identity).map(|(n, _)| *n)
+    }
+
+    /// Tries the gate of every forming database that is due.
+    pub(super) fn try_forming(&mut self, now: Instant) {
+        let (due, rest) =
+            std::mem::take(&mut self.forming).into_iter().partition(|f: &Forming| now >= f.next_try);
+        self.forming = rest;
+        for forming in due {
+            self.try_one(forming, now);
+        }
+        self.forming.sort_by_key(|f| f.next_try);
+    }
+
+    fn try_one(&mut self, mut forming: Forming, now: Instant) {
+        let sessions = &self.sessions;
+        forming.joins.retain(|p| sessions.contains_key(&p.session));
+        let Some(first) = forming.joins.first_mut() else { return };
+        let state = if first.join.guest {
+            Ok(State::Guest { reason: "asked for (TURNSTILE_MODE=guest)".into() })
+        } else if first.candidate.role == Role::ReadOnly {
+            Ok(State::Guest { reason: "the first member may only read, and a gate needs a writer".into() })
+        } else if first.candidate.shm_unseen {
+            Ok(State::Guest {
+                reason: "its -shm file cannot be opened for writing by the first member".into(),
+            })
+        } else {
+            match try_gate(&mut first.candidate) {
+                Ok(Some(state)) => Ok(state),
+                Ok(None) if now.duration_since(forming.since) < GATE_PATIENCE => {
+                    forming.next_try = now + GATE_RETRY;
+                    self.forming.push(forming);
+                    return;
+                }
+                Ok(None) => Ok(State::Guest { reason: "plain SQLite clients hold the file".into() }),
+                Err(refused) => Err(refused),
+            }
+        };
+        match state {
+            Err((why, reason)) => {
+                for p in forming.joins {
+                    self.refuse(p.session, p.id, why, reason.clone());
+                }
+            }
+            Ok(state) => {
+                let number = self.found(&forming.joins[0].candidate, state, now);
+                for p in forming.joins {
+                    let (session, id) = (p.session, p.id);
+                    if let Err((why, reason)) = self.take_seat(number, p) {
+                        self.refuse(session, id, why, reason);
+                    }
+                }
+                self.drop_if_empty(number);
+            }
+        }
+    }
+
+    fn found(&mut self, candidate: &Candidate, state: State, now: Instant) -> u32 {
+        let number = self.next_database;
+        self.next_database += 1;
+        let mode = match &state {
+            State::Gated { .. } => "gated".to_owned(),
+            State::Guest { reason } => format!("guest: {reason}"),
+        };
+        tracing::info!(database = number, name = candidate.home.display(), identity = ?candidate.identity, mode, "opened");
+        let locks = match state {
+            State::Gated { .. } => Locks::new(now),
+            State::Guest { .. } => Locks::guest(now),
+        };
+        let db = Database {
+            identity: candidate.identity,
+            home: None,
+            state,
+            locks,
+            seats: Default::default(),
+            suspect: None,
+            deadlocks: 0,
+        };
+        self.databases.insert(number, db);
+        number
+    }
+
+    fn take_seat(&mut self, number: u32, p: Pending) -> Result<(), Refused> {
+        let Some(db) = self.databases.get_mut(&number) else { return Ok(()) };
+        let role = p.candidate.role;
+        match &db.home {
+            Some(home) if *home != p.candidate.home => {
+                let reason = format!(
+                    "the same file is in use under another name ('{}', a hard link?): each name would have its own \
+                     -wal",
+                    home.display()
+                );
+                return Err((Refusal::UnsafePlace, reason));
+            }
+            Some(_) => {}
+            None if role == Role::ReadWrite => db.home = Some(p.candidate.home.clone()),
+            None => {} // a reader's word binds nobody
+        }
+        if let State::Guest { .. } = db.state
+            && !planted("two-libraries-guest")
+            && let Some(other) = db.seats.values().find(|s| s.session == p.session)
+            && other.library != p.join.library
+        {
+            let reason = "two SQLite libraries of one process on one file in guest mode would break each other's \
+                          POSIX locks";
+            return Err((Refusal::UnsafePlace, reason.into()));
+        }
+        let Some(seat) = db.free_seat() else {
+            let reason = format!("all {} seats are taken", super::database::MAX_SEATS);
+            return Err((Refusal::Exhausted, reason));
+        };
+        let Some(session) = self.sessions.get_mut(&p.session) else { return Ok(()) };
+        let key = SeatKey { database: number, seat };
+        let has_segment = db.has_session(p.session, role);
+        let mut fds: Vec<&OwnedFd> = Vec::new();
+        let read_only;
+        let (mode, nonce) = match &db.state {
+            State::Gated { gate, segment } => {
+                if !has_segment && role == Role::ReadWrite {
+                    fds.extend([&segment.control_fd, &segment.wal_index_fd, gate.descriptor()]);
+                } else if !has_segment && planted("read-only-gets-writable") {
+                    fds.extend([&segment.control_fd, &segment.wal_index_fd]);
+                } else if !has_segment {
+                    read_only =
+                        read_only_segment(segment).map_err(|e| (Refusal::Exhausted, e.to_string()))?;
+                    fds.extend(&read_only);
+                }
+                (Mode::Gated, segment.nonce)
+            }
+            State::Guest { .. } => (Mode::Guest, 0),
+        };
+        let joined = Joined { seat: key, mode, role, nonce, segment: !fds.is_empty() };
+        session
+            .send(&FromBroker::Joined { id: p.id, joined }, &fds)
+            .map_err(|e| (Refusal::Exhausted, format!("cannot pass the segment: {e}")))?;
+        session.seats.insert(key);
+        let unsent = session.has_unsent();
+        db.seats.insert(
+            seat,
+            Seat {
+                session: p.session,
+                connection: 0,
+                role,
+                sqlite_version: super::session::printable(&p.join.sqlite_version),
+                library: p.join.library,
+                since: SystemTime::now(),
+                thread: 0,
+                heard: Instant::now(),
+                request: None,
+            },
+        );
+        if unsent {
+            self.watch_for_room(p.session);
+        }
+        tracing::debug!(database = number, seat, session = p.session, ?role, "joined");
+        Ok(())
+    }
+
+    /// The seat is given up or its process is dead.
+    pub(super) fn remove_seat(&mut self, key: SeatKey) {
+        if let Some(s) = self.sessions.values_mut().find(|s| s.seats.contains(&key)) {
+            s.seats.remove(&key);
+        }
+        if let Some(db) = self.databases.get_mut(&key.database) {
+            db.locks.remove(key.seat);
+            db.seats.remove(&key.seat);
+        }
+        self.drop_if_empty(key.database);
+    }
+
+    fn drop_if_empty(&mut self, number: u32) {
+        if !self.databases.get(&number).is_some_and(|d| d.seats.is_empty()) {
+            return;
+        }
+        if let Some(db) = self.databases.remove(&number) {
+            tracing::info!(database = number, "closed: its last member left");
+            if let State::Gated { gate, .. } = db.state {
+                gate.open();
+            }
+        }
+    }
+}
+
+fn read_only_segment(segment: &Segment) -> std::io::Result<[OwnedFd; 2]> {
+    use crate::segment::memfd::reopen_read_only;
+    Ok([reopen_read_only(&segment.control_fd)?, reopen_read_only(&segment.wal_index_fd)?])
+}
+
+/// Takes the gate on the candidate's own descriptor. `Ok(None)`: plain clients hold the file.
+fn try_gate(candidate: &mut Candidate) -> Result<Option<State>, Refused> {
+    let exhausted = |e: std::io::Error| (Refusal::Exhausted, format!("cannot make the segment: {e}"));
+    let database = candidate.database.try_clone().map_err(exhausted)?;
+    let shm = candidate.shm.as_ref().map(|fd| fd.try_clone()).transpose().map_err(exhausted)?;
+    match gate::close(database, shm) {
+        Ok(gate) => {
+            let segment = match Segment::create() {
+                Ok(segment) => Box::new(segment),
+                Err(e) => {
+                    gate.open();
+                    return Err(exhausted(e));
+                }
+            };
+            Ok(Some(State::Gated { gate, segment }))
+        }
+        Err((GateError::Conflict(Conflict::Plain(_)), ..)) => Ok(None),
+        Err((GateError::Conflict(Conflict::OtherGate), ..)) => Err((
+            Refusal::OtherBroker,
+            "another broker has it, or members whose broker is gone still hold its gate: use that broker's socket, \
+             or end those processes (`fuser` names them)"
+                .into(),
+        )),
+        Err((GateError::Unlockable(e), ..)) => {
+            Err((Refusal::UnsafePlace, format!("the filesystem cannot lock it: {e}")))
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! The broker's socket: one broker a path, and never a moment at which the path leads nowhere.
+
+use crate::wire::socket::{new_socket, short_path};
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::socket::{Backlog, UnixAddr, bind, listen};
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    #[error("another broker already serves {}", .0.display())]
+    Taken(PathBuf),
+    #[error("cannot listen on {}: {}", .0.display(), .1)]
+    Io(PathBuf, io::Error),
+}
+
+/// A listening socket; its path and lock go with it.
+#[derive(Debug)]
+pub struct Listener {
+    pub socket: OwnedFd,
+    path: PathBuf,
+    _lock: Flock<File>,
+}
+
+impl Listener {
+    /// Listens on `path`, replacing the socket of a broker that died. `everyone`: any uid may connect (the proof
+    /// of access is the database's descriptor, not the socket).
+    pub fn bind(path: &Path, everyone: bool) -> Result<Listener, ListenError> {
+        let io_error = |e: io::Error| ListenError::Io(path.to_owned(), e);
+        if let Some(dir) = path.parent().filter(|d| !d.as_os_str().is_empty() && !d.exists()) {
+            let mode = if everyone { 0o755 } else { 0o700 };
+            fs::DirBuilder::new().recursive(true).mode(mode).create(dir).map_err(io_error)?;
+        }
+        let lock_path = with_suffix(path, ".lock");
+        let lock = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC)
+            .open(&lock_path)
+            .map_err(io_error)?;
+        let lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| match e {
+            nix::errno::Errno::EWOULDBLOCK => ListenError::Taken(path.to_owned()),
+            e => io_error(e.into()),
+        })?;
+        let socket = bind_and_rename(path, everyone).map_err(io_error)?;
+        Ok(Listener { socket, path: path.to_owned(), _lock: lock })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// No new connection finds the path after this.
+    pub fn unlink(&self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
+/// Binds under a temporary name and renames: whoever finds the path finds a socket that listens.
+fn bind_and_rename(path: &Path, everyone: bool) -> io::Result<OwnedFd> {
+    if let Ok(meta) = fs::symlink_metadata(path) {
+        use std::os::unix::fs::FileTypeExt;
+        if !meta.file_type().is_socket() {
+            return Err(io::Error::new(
+                io::ErrorKind::AlreadyExists,
+                "a file that is not a socket is in the way",
+            ));
+        }
+    }
+    let temporary = with_suffix(path, ".new");
+    let _ = fs::remove_file(&temporary);
+    let socket = new_socket()?;
+    let (_dir, short) = short_path(&temporary)?;
+    bind(socket.as_raw_fd(), &UnixAddr::new(&short)?)?;
+    fs::set_permissions(&temporary, fs::Permissions::from_mode(if everyone { 0o666 } else { 0o600 }))?;
+    listen(&socket, Backlog::new(1024)?)?;
+    fs::rename(&temporary, path)?;
+    Ok(socket)
+}

@@ -1,0 +1,66 @@
+//! Is the process behind a session alive? The kernel says.
+//!
+//! *Dead* is: its pidfd fired; or the byte it locked in its liveness memfd is free and its socket is closed (it
+//! exec'ed). A closed socket alone proves nothing, a forked child may hold the other end; a pid alone proves
+//! nothing, it may have been reused. Whoever cannot be proven dead keeps its seats.
+
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+
+/// `SO_PEERPIDFD`, asm-generic/socket.h (Linux 6.5).
+const SO_PEERPIDFD: i32 = 77;
+
+/// Who connected.
+#[derive(Debug)]
+pub struct Peer {
+    pub uid: u32,
+    /// As this pid namespace sees it; 0 when it does not.
+    pub pid: i32,
+    pub pidfd: Option<OwnedFd>,
+}
+
+/// Reads the peer's credentials and its pidfd from the socket.
+pub fn peer_of(socket: impl AsFd) -> nix::Result<Peer> {
+    let credentials = getsockopt(&socket, PeerCredentials)?;
+    Ok(Peer { uid: credentials.uid(), pid: credentials.pid(), pidfd: peer_pidfd(&socket) })
+}
+
+fn peer_pidfd(socket: impl AsFd) -> Option<OwnedFd> {
+    let mut fd: i32 = -1;
+    let mut length = size_of::<i32>() as libc::socklen_t;
+    // SAFETY: the kernel writes one int into `fd`, which is as large as `length` says.
+    let rc = unsafe {
+        let out = (&raw mut fd).cast();
+        libc::getsockopt(socket.as_fd().as_raw_fd(), libc::SOL_SOCKET, SO_PEERPIDFD, out, &mut length)
+    };
+    // SAFETY: on success `fd` is a new descriptor that belongs to us.
+    (rc == 0 && fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// `pidfd_open`, for kernels without `SO_PEERPIDFD`: only for a pid that owns the session's liveness lock, so
+/// that it is not somebody who inherited the number.
+pub fn pidfd_of_owner(pid: i32, liveness: impl AsFd) -> Option<OwnedFd> {
+    if pid <= 0 {
+        return None;
+    }
+    // SAFETY: no memory is passed.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    // SAFETY: on success a new descriptor that belongs to us.
+    let pidfd = (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd as i32) })?;
+    (liveness_owner(liveness) == Some(pid)).then_some(pidfd)
+}
+
+/// The pid that holds the liveness byte; `None`: it is free.
+pub fn liveness_owner(memfd: impl AsFd) -> Option<i32> {
+    // SAFETY: libc::flock is plain data for which all-zero is valid.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = libc::F_WRLCK as i16;
+    lock.l_len = 1;
+    match fcntl(&memfd, FcntlArg::F_GETLK(&mut lock)) {
+        Ok(_) if i32::from(lock.l_type) == libc::F_UNLCK => None,
+        Ok(_) => Some(lock.l_pid),
+        // Cannot be asked: not proven free.
+        Err(_) => Some(0),
+    }
+}

@@ -1,0 +1,360 @@
+//! The broker's loop: sockets, pidfds, signals and time, one thread.
+
+use super::database::{Database, State};
+use super::joining::Forming;
+use super::listen::{ListenError, Listener};
+use super::liveness;
+use super::session::{Session, Stage};
+use super::waits::SUSPECT_TICK;
+use crate::wire::message::{FromBroker, HelloAnswer, PROTOCOL_MAGIC, PROTOCOL_VERSION, ToBroker};
+use crate::wire::socket;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::socket::{SockFlag, accept4};
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// How often sessions without a socket, gates and long waits are looked at.
+const TICK: Duration = Duration::from_millis(50);
+
+/// How long a connection may take to say who it is.
+const GREETING_LIMIT: Duration = Duration::from_secs(10);
+
+const LISTENER: u64 = 0;
+const SIGNALS: u64 = 1;
+/// Epoll keys of a session: its socket's is `4 * id`, its pidfd's one more.
+const KEYS: u64 = 4;
+
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub socket: PathBuf,
+    /// Any uid may connect.
+    pub everyone: bool,
+    /// Exit after this long without members.
+    pub idle_exit: Option<Duration>,
+    /// Take databases on filesystems that are refused otherwise, from anyone.
+    pub allow_unsafe: bool,
+    /// Written one byte and closed once the socket listens.
+    pub ready: Option<i32>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    #[error("broker: {0}")]
+    Io(#[from] io::Error),
+}
+
+impl From<nix::Error> for ServeError {
+    fn from(e: nix::Error) -> ServeError {
+        ServeError::Io(e.into())
+    }
+}
+
+pub struct Server {
+    pub(super) options: Options,
+    pub(super) listener: Listener,
+    pub(super) epoll: Epoll,
+    pub(super) sessions: BTreeMap<u64, Session>,
+    pub(super) databases: BTreeMap<u32, Database>,
+    pub(super) forming: Vec<Forming>,
+    /// Lock requests and cancellations that have been read and not yet looked at.
+    pub(super) requests: Vec<(u64, ToBroker)>,
+    pub(super) next_session: u64,
+    pub(super) next_database: u32,
+    pub(super) started: Instant,
+    pub(super) idle_since: Option<Instant>,
+    pub(super) stopping: Option<Instant>,
+    last_tick: Instant,
+    /// The listener is not listened to until the next tick.
+    deaf: bool,
+}
+
+/// Serves until a signal, or until idle for `idle_exit`.
+pub fn serve(options: Options) -> Result<(), ServeError> {
+    raise_descriptor_limit();
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGTERM);
+    signals.add(Signal::SIGINT);
+    signals.thread_block()?;
+    let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+    let listener = Listener::bind(&options.socket, options.everyone)?;
+    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+    epoll.add(&listener.socket, EpollEvent::new(EpollFlags::EPOLLIN, LISTENER))?;
+    epoll.add(&signals, EpollEvent::new(EpollFlags::EPOLLIN, SIGNALS))?;
+    tracing::info!(socket = %listener.path().display(), pid = std::process::id(), "listening");
+    if let Some(fd) = options.ready {
+        // SAFETY: the number was given on the command line for exactly this; nothing else in this process has it.
+        let ready = unsafe { OwnedFd::from_raw_fd(fd) };
+        let _ = nix::unistd::write(&ready, b"+");
+    }
+    let now = Instant::now();
+    let mut server = Server {
+        options,
+        listener,
+        epoll,
+        sessions: BTreeMap::new(),
+        databases: BTreeMap::new(),
+        forming: Vec::new(),
+        requests: Vec::new(),
+        next_session: 1,
+        next_database: 1,
+        started: now,
+        idle_since: Some(now),
+        stopping: None,
+        last_tick: now,
+        deaf: false,
+    };
+    server.run(&signals)
+}
+
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
+impl Server {
+    fn run(&mut self, signals: &SignalFd) -> Result<(), ServeError> {
+        let mut events = vec![EpollEvent::empty(); 128];
+        loop {
+            let timeout = self.timeout(Instant::now());
+            let n = match self.epoll.wait(&mut events, timeout) {
+                Ok(n) => n,
+                Err(nix::errno::Errno::EINTR) => 0,
+                Err(e) => return Err(e.into()),
+            };
+            self.dispatch(&events[..n], signals);
+            if !self.requests.is_empty() {
+                // A lock that was given back before one of these requests was sent is in some socket by now: seen
+                // first, or a program that was told of a commit would meet a BUSY out of the past.
+                let n = self.epoll.wait(&mut events, EpollTimeout::ZERO).unwrap_or(0);
+                self.dispatch(&events[..n], signals);
+                self.answer_requests(Instant::now());
+            }
+            let now = Instant::now();
+            self.try_forming(now);
+            self.judge_suspects(now);
+            self.settle_all(now);
+            if now.duration_since(self.last_tick) >= TICK {
+                self.last_tick = now;
+                self.tick(now);
+            }
+            if self.may_exit(now) {
+                return Ok(());
+            }
+        }
+    }
+
+    fn dispatch(&mut self, events: &[EpollEvent], signals: &SignalFd) {
+        for event in events {
+            match event.data() {
+                LISTENER => self.accept(),
+                SIGNALS => self.signalled(signals),
+                key if key % KEYS == 0 => self.socket_event(key / KEYS, event.events()),
+                key => self.session_died(key / KEYS, "its process ended"),
+            }
+        }
+    }
+
+    fn timeout(&self, now: Instant) -> EpollTimeout {
+        let mut due: Option<Instant> = None;
+        let mut at = |t: Instant| due = Some(due.map_or(t, |d| d.min(t)));
+        for db in self.databases.values() {
+            db.locks.next_deadline().map(|t| if t > now { t } else { now + SUSPECT_TICK }).map(&mut at);
+        }
+        if let Some(first) = self.forming.first() {
+            at(first.next_try);
+        }
+        let anybody_waits = self.databases.values().any(|d| d.locks.waiting().next().is_some());
+        let anybody_silent = self.sessions.values().any(|s| s.stage == Stage::Silent);
+        if anybody_waits || anybody_silent || self.deaf || self.stopping.is_some() {
+            at(self.last_tick + TICK);
+        } else {
+            at(self.last_tick + Duration::from_secs(1));
+        }
+        if let (Some(since), Some(limit)) = (self.idle_since, self.options.idle_exit) {
+            at(since + limit);
+        }
+        let left = due.map_or(Duration::from_secs(1), |d| d.saturating_duration_since(now));
+        EpollTimeout::from(u16::try_from(left.as_micros().div_ceil(1000)).unwrap_or(1000))
+    }
+
+    fn accept(&mut self) {
+        loop {
+            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+            let fd = match accept4(self.listener.socket.as_raw_fd(), flags) {
+                // SAFETY: accept4 has just made this descriptor; it is ours.
+                Ok(fd) => unsafe { OwnedFd::from_raw_fd(fd) },
+                Err(nix::errno::Errno::EAGAIN) => return,
+                Err(e) => {
+                    // Out of descriptors, say: not asked again before the next tick.
+                    tracing::warn!("cannot accept: {e}");
+                    self.deaf = self.epoll.delete(&self.listener.socket).is_ok();
+                    return;
+                }
+            };
+            if let Err(e) = self.admit(fd) {
+                tracing::warn!("cannot admit a session: {e}");
+            }
+        }
+    }
+
+    fn admit(&mut self, socket: OwnedFd) -> io::Result<()> {
+        let peer = liveness::peer_of(&socket)?;
+        let id = self.next_session;
+        self.next_session += 1;
+        self.epoll.add(&socket, EpollEvent::new(EpollFlags::EPOLLIN, id * KEYS))?;
+        if let Some(pidfd) = &peer.pidfd {
+            self.epoll
+                .add(pidfd, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT, id * KEYS + 1))?;
+        }
+        self.sessions.insert(id, Session::new(id, socket, peer));
+        Ok(())
+    }
+
+    fn socket_event(&mut self, id: u64, flags: EpollFlags) {
+        if flags.contains(EpollFlags::EPOLLOUT) {
+            self.flush(id);
+        }
+        // A fixed number of packets a turn of the loop: one client cannot keep the others out.
+        for _ in 0..32 {
+            let Some(socket) = self.sessions.get(&id).and_then(|s| s.socket.as_ref()) else { return };
+            match socket::receive(socket) {
+                Ok(packet) => {
+                    if let Err(reason) = self.packet(id, packet) {
+                        self.end_session(id, &reason);
+                        return;
+                    }
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                Err(e) if e.kind() == io::ErrorKind::InvalidData => {
+                    self.end_session(id, &format!("protocol: {e}"));
+                    return;
+                }
+                Err(_) => {
+                    self.silence(id);
+                    return;
+                }
+            }
+        }
+    }
+
+    pub(super) fn flush(&mut self, id: u64) {
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        let result = session.flush();
+        self.watch_for_room(id);
+        if let Err(e) = result {
+            tracing::debug!(session = id, "cannot send: {e}");
+            self.silence(id);
+        }
+    }
+
+    pub(super) fn watch_for_room(&self, id: u64) {
+        let Some(session) = self.sessions.get(&id) else { return };
+        let Some(socket) = &session.socket else { return };
+        let out = if session.has_unsent() { EpollFlags::EPOLLOUT } else { EpollFlags::empty() };
+        let _ = self.epoll.modify(socket, &mut EpollEvent::new(EpollFlags::EPOLLIN | out, id * KEYS));
+    }
+
+    /// Sends a message to a session; one that cannot be sent to loses its socket.
+    pub(super) fn send(&mut self, id: u64, message: &FromBroker) {
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        match session.send(message, &[]) {
+            Ok(()) if session.has_unsent() => self.watch_for_room(id),
+            Ok(()) => {}
+            Err(e) => {
+                tracing::debug!(session = id, "cannot send: {e}");
+                self.silence(id);
+            }
+        }
+    }
+
+    pub(super) fn greet(&mut self, id: u64, refused: Option<String>) -> Result<(), String> {
+        let answer = HelloAnswer { magic: PROTOCOL_MAGIC, version: PROTOCOL_VERSION, refused };
+        let bytes = socket::encode(&answer).map_err(|e| e.to_string())?;
+        let socket = self.sessions.get(&id).and_then(|s| s.socket.as_ref()).ok_or("gone")?;
+        socket::send(socket, &bytes, &[]).map_err(|e| e.to_string())
+    }
+
+    pub(super) fn watch_pidfd(&self, id: u64) {
+        let Some(pidfd) = self.sessions.get(&id).and_then(|s| s.peer.pidfd.as_ref()) else { return };
+        let event = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT, id * KEYS + 1);
+        let _ = self.epoll.add(pidfd, event); // EEXIST: watched since it was accepted
+    }
+
+    /// Ends a session that broke the rules. Its seats stay until it is proven dead or lets go.
+    pub(super) fn end_session(&mut self, id: u64, reason: &str) {
+        if let Some(s) = self.sessions.get(&id) {
+            tracing::warn!(session = id, client = s.label(), uid = s.peer.uid, "session ended: {reason}");
+        }
+        self.silence(id);
+    }
+
+    /// The socket is gone. Not a death: a session with seats is kept until it is proven dead.
+    pub(super) fn silence(&mut self, id: u64) {
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        if let Some(socket) = session.socket.take() {
+            let _ = self.epoll.delete(socket.as_fd());
+        }
+        session.stage = Stage::Silent;
+        if session.seats.is_empty() {
+            self.drop_session(id);
+        } else if session.let_go() {
+            self.session_died(id, "it closed everything");
+        }
+    }
+
+    fn drop_session(&mut self, id: u64) {
+        if let Some(session) = self.sessions.remove(&id)
+            && let Some(pidfd) = &session.peer.pidfd
+        {
+            let _ = self.epoll.delete(pidfd);
+        }
+    }
+
+    pub(super) fn session_died(&mut self, id: u64, how: &str) {
+        let Some(session) = self.sessions.get(&id) else { return };
+        let seats: Vec<_> = session.seats.iter().copied().collect();
+        if !seats.is_empty() {
+            tracing::info!(session = id, client = session.label(), seats = seats.len(), "cleared: {how}");
+        }
+        self.forming.iter_mut().for_each(|f| f.forget_session(id));
+        for seat in seats {
+            self.remove_seat(seat);
+        }
+        self.drop_session(id);
+    }
+
+    fn tick(&mut self, now: Instant) {
+        if std::mem::take(&mut self.deaf) {
+            let _ = self.epoll.add(&self.listener.socket, EpollEvent::new(EpollFlags::EPOLLIN, LISTENER));
+        }
+        let greeting = |s: &&Session| matches!(s.stage, Stage::Greeting | Stage::Introducing);
+        let late = |s: &&Session| now.duration_since(s.since) > GREETING_LIMIT;
+        let speechless: Vec<u64> =
+            self.sessions.values().filter(greeting).filter(late).map(|s| s.id).collect();
+        for id in speechless {
+            self.end_session(id, "it does not introduce itself");
+        }
+        let let_go: Vec<u64> = self.sessions.values().filter(|s| s.let_go()).map(|s| s.id).collect();
+        for id in let_go {
+            self.session_died(id, "it closed everything");
+        }
+        for db in self.databases.values() {
+            if let State::Gated { gate, segment } = &db.state
+                && !gate.stands()
+                && !segment.control.poisoned()
+            {
+                tracing::error!(database = ?db.identity, "somebody unlocked the gate: the segment is poisoned");
+                segment.control.poison();
+            }
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! One client process's connection: its socket, what proves that it lives, what still must be sent to it.
+
+use super::liveness::{self, Peer};
+use crate::segment::layout::LIVENESS_SIZE;
+use crate::segment::memfd;
+use crate::wire::message::{FromBroker, Introduction, SeatKey};
+use crate::wire::socket;
+use std::collections::{BTreeSet, VecDeque};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::Instant;
+
+/// Packets kept for a client that does not read them, before its session is ended.
+const OUTBOX_LIMIT: usize = 256;
+
+/// A client's word, short and without control characters: it goes into other clients' errors, logs, terminals.
+pub fn printable(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(64).collect()
+}
+
+/// The same for a file's name, which need not be UTF-8.
+pub fn printable_name(name: &[u8]) -> String {
+    printable(&String::from_utf8_lossy(name))
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// Waiting for its `Hello`.
+    Greeting,
+    /// Waiting for its `Introduce`.
+    Introducing,
+    Open,
+    /// The socket is gone; its process may live.
+    Silent,
+}
+
+#[derive(Debug)]
+pub struct Session {
+    pub id: u64,
+    pub stage: Stage,
+    pub since: Instant,
+    pub peer: Peer,
+    pub who: Introduction,
+    pub seats: BTreeSet<SeatKey>,
+    pub socket: Option<OwnedFd>,
+    liveness: Option<OwnedFd>,
+    outbox: VecDeque<(Vec<u8>, Vec<OwnedFd>)>,
+}
+
+impl Session {
+    pub fn new(id: u64, socket: OwnedFd, peer: Peer) -> Session {
+        let who = Introduction { program: String::new(), pid: 0, container: None };
+        Session {
+            id,
+            stage: Stage::Greeting,
+            since: Instant::now(),
+            peer,
+            who,
+            seats: BTreeSet::new(),
+            socket: Some(socket),
+            liveness: None,
+            outbox: VecDeque::new(),
+        }
+    }
+
+    /// Takes the client's word for who it is and its liveness memfd for proof that it lives. Fails when nothing
+    /// could ever prove its death.
+    pub fn introduce(&mut self, who: Introduction, liveness: OwnedFd) -> Result<(), String> {
+        // A memfd, and nothing whose filesystem could keep us waiting at each look.
+        if !memfd::is_sealed(&liveness, LIVENESS_SIZE) {
+            return Err("the liveness descriptor is not a sealed memfd".into());
+        }
+        if self.peer.pidfd.is_none() {
+            self.peer.pidfd = liveness::pidfd_of_owner(self.peer.pid, &liveness);
+        }
+        if self.peer.pidfd.is_none() {
+            return Err(
+                "this kernel cannot tell the broker when your process ends (SO_PEERPIDFD, Linux 6.5, or a \
+                        shared pid namespace is needed)"
+                    .into(),
+            );
+        }
+        self.who = Introduction {
+            program: printable(&who.program),
+            pid: who.pid,
+            container: who.container.as_deref().map(printable),
+        };
+        self.liveness = Some(liveness);
+        self.stage = Stage::Open;
+        Ok(())
+    }
+
+    /// Its socket is gone and its liveness byte is free: it exec'ed or closed everything; its locks go, as its
+    /// POSIX locks would have.
+    pub fn let_go(&self) -> bool {
+        let free = self.liveness.as_ref().is_none_or(|fd| liveness::liveness_owner(fd).is_none());
+        self.stage == Stage::Silent && free
+    }
+
+    /// Sends, or keeps it for when there is room. Descriptors are duplicated only if it must be kept.
+    pub fn send(&mut self, message: &FromBroker, fds: &[&OwnedFd]) -> io::Result<()> {
+        let Some(socket) = &self.socket else { return Ok(()) };
+        let bytes = socket::encode(message)?;
+        if self.outbox.is_empty() {
+            let raw: Vec<_> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
+            match socket::send(socket, &bytes, &raw) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                other => return other,
+            }
+        }
+        if self.outbox.len() >= OUTBOX_LIMIT {
+            return Err(io::Error::other("the client does not read its answers"));
+        }
+        let kept = fds.iter().map(|fd| fd.try_clone()).collect::<io::Result<Vec<_>>>()?;
+        self.outbox.push_back((bytes, kept));
+        Ok(())
+    }
+
+    /// Sends what was kept; true when nothing is left.
+    pub fn flush(&mut self) -> io::Result<bool> {
+        let Some(socket) = &self.socket else { return Ok(true) };
+        while let Some((bytes, fds)) = self.outbox.front() {
+            let raw: Vec<_> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
+            match socket::send(socket, bytes, &raw) {
+                Ok(()) => drop(self.outbox.pop_front()),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(true)
+    }
+
+    pub fn has_unsent(&self) -> bool {
+        !self.outbox.is_empty()
+    }
+
+    /// For logs: `python3 (pid 123)`.
+    pub fn label(&self) -> String {
+        format!("{} (pid {})", self.who.program, self.pid())
+    }
+
+    /// Its pid as the broker sees it, else as it sees itself.
+    pub fn pid(&self) -> i32 {
+        if self.peer.pid > 0 { self.peer.pid } else { self.who.pid }
+    }
+}

@@ -1,0 +1,65 @@
+//! How the broker ends: at a signal, or when nobody is left.
+
+use super::database::{Database, State};
+use super::server::Server;
+use nix::sys::signalfd::SignalFd;
+use std::time::{Duration, Instant};
+
+/// How long open transactions may take to end after SIGTERM.
+const STOP_GRACE: Duration = Duration::from_secs(5);
+
+impl Server {
+    pub(super) fn signalled(&mut self, signals: &SignalFd) {
+        while let Ok(Some(_)) = signals.read_signal() {
+            if self.stopping.replace(Instant::now()).is_some() {
+                tracing::warn!("second signal: not waiting for open transactions");
+                self.stopping = Some(Instant::now() - STOP_GRACE);
+            } else {
+                tracing::info!("stopping: waiting for open transactions");
+                self.listener.unlink();
+            }
+        }
+    }
+
+    pub(super) fn may_exit(&mut self, now: Instant) -> bool {
+        if let Some(since) = self.stopping {
+            let quiet = self.databases.values().all(Database::is_quiet) && self.forming.is_empty();
+            if !quiet && now.duration_since(since) < STOP_GRACE {
+                return false;
+            }
+            self.let_everything_go();
+            return true;
+        }
+        let idle = self.databases.is_empty() && self.forming.is_empty();
+        match (idle, self.idle_since) {
+            (true, None) => self.idle_since = Some(now),
+            (false, _) => self.idle_since = None,
+            _ => {}
+        }
+        let due =
+            self.idle_since.zip(self.options.idle_exit).is_some_and(|(since, limit)| now >= since + limit);
+        if due {
+            tracing::info!("nobody is left: exiting");
+            self.listener.unlink();
+        }
+        due
+    }
+
+    /// Leaves nothing locked: a quiet database's segment is poisoned (its idle members find out at their next
+    /// call) and its gate opened. One with an open transaction keeps its gate, which its members hold: the
+    /// kernel opens it when they end.
+    fn let_everything_go(&mut self) {
+        for (_, db) in std::mem::take(&mut self.databases) {
+            let quiet = db.is_quiet();
+            if let State::Gated { gate, segment } = db.state {
+                segment.control.poison();
+                if quiet {
+                    gate.open();
+                } else {
+                    tracing::warn!(database = ?db.identity, "stopped over an open transaction: its members keep the gate");
+                }
+            }
+        }
+        self.listener.unlink();
+    }
+}
