@@ -7,4 +7,5 @@ pub mod client;
 pub mod lock;
 pub mod planted;
 pub mod segment;
+pub mod vfs;
 pub mod wire;

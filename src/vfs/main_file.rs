@@ -1,0 +1,191 @@
+//! The state of one connection's database file.
+
+use super::api::Library;
+use super::statement::{self, Connection};
+use super::waiting::{Rerun, Vain};
+use crate::client::activity::Activity;
+use crate::client::config::Config;
+use crate::client::fork;
+use crate::client::member::Member;
+use crate::lock::{FileLevel, slot};
+use crate::segment::wal_index::{Header, WalIndex};
+use crate::wire::message::{Mode, Role};
+use libsqlite3_sys as ffi;
+use std::ffi::{c_char, c_int};
+use std::os::unix::ffi::OsStrExt;
+
+/// Who answers for this file's locks.
+#[derive(Debug)]
+pub enum Service {
+    /// Plain SQLite, and why.
+    Plain(String),
+    /// A seat; its mode says whether the locks are the broker's or the unix VFS's.
+    Seat(Member),
+}
+
+#[derive(Debug)]
+pub struct MainFile {
+    pub library: &'static Library,
+    pub path: String,
+    /// The names by which SQLite will ask for the companions; compared by address.
+    pub journal_name: *const c_char,
+    pub wal_name: *const c_char,
+    pub connection: Connection,
+    pub config: Config,
+    pub service: Service,
+    /// Opened for writing by the application.
+    pub writable: bool,
+    pub epoch: u64,
+    /// What this process knows of its own connections.
+    pub activity: Activity,
+
+    pub level: FileLevel,
+    pub shared_slots: u8,
+    pub exclusive_slots: u8,
+    /// Between the first `xShmMap` and `xShmUnmap`.
+    pub wal_open: bool,
+    pub wal_index: Option<WalIndex>,
+    /// The seat had the turn when last heard.
+    pub turn: bool,
+    /// The next unlock of a read slot is SQLite's retry, not the end of the transaction.
+    pub retry_expected: bool,
+    /// The statement that last took its turn here, and how often it was prepared anew since, run after run.
+    pub(super) rerun: Rerun,
+    /// The header when the write lock was had: unchanged at its release, nothing was written.
+    pub write_basis: Option<Header>,
+    /// A write lock was refused: whatever the next transaction does, it takes its turn first.
+    pub second_chance: bool,
+    /// Admitted on probation: say when there is no hot journal.
+    pub probation: bool,
+    /// A `-journal` was read under this SHARED lock.
+    pub hot_journal: bool,
+    /// `PRAGMA busy_timeout` came by here.
+    pub told_timeout: bool,
+    /// `SQLITE_FCNTL_LOCK_TIMEOUT`, milliseconds.
+    pub lock_timeout: c_int,
+    lost_said: bool,
+    pub(super) vain: Option<Vain>,
+}
+
+impl std::fmt::Debug for Library {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Library {}", self.version())
+    }
+}
+
+impl MainFile {
+    pub fn new(library: &'static Library, path: String, config: Config, service: Service) -> MainFile {
+        let database = match &service {
+            Service::Seat(member) => Some(member.seat().database),
+            Service::Plain(_) => None,
+        };
+        MainFile {
+            library,
+            path,
+            journal_name: std::ptr::null(),
+            wal_name: std::ptr::null(),
+            connection: Connection::Unknown,
+            config,
+            service,
+            writable: true,
+            epoch: fork::epoch(),
+            activity: Activity::new(database),
+            level: FileLevel::None,
+            shared_slots: 0,
+            exclusive_slots: 0,
+            wal_open: false,
+            wal_index: None,
+            turn: false,
+            retry_expected: false,
+            rerun: Rerun::default(),
+            write_basis: None,
+            second_chance: false,
+            probation: false,
+            hot_journal: false,
+            told_timeout: false,
+            lock_timeout: 0,
+            lost_said: false,
+            vain: None,
+        }
+    }
+
+    /// After every lock and unlock: what others of this process may wait for.
+    pub fn note_holds(&self) {
+        let writes = self.turn || self.owns(slot::WRITE) || self.level >= FileLevel::Reserved;
+        let reads = self.level >= FileLevel::Shared && !self.wal_open;
+        self.activity.holds(writes, reads);
+    }
+
+    /// Inherited from the process that forked this one: nothing of it may be used.
+    pub fn inherited(&self) -> bool {
+        self.epoch != fork::epoch() && matches!(self.service, Service::Seat(_))
+    }
+
+    /// The seat, if the broker answers for this file.
+    pub fn seat(&self) -> Option<&Member> {
+        match &self.service {
+            Service::Seat(member) => Some(member),
+            Service::Plain(_) => None,
+        }
+    }
+
+    /// The seat, if locks and wal-index are the broker's.
+    pub fn gated(&self) -> Option<&Member> {
+        self.seat().filter(|m| m.mode() == Mode::Gated)
+    }
+
+    pub fn guest(&self) -> Option<&Member> {
+        self.seat().filter(|m| m.mode() == Mode::Guest)
+    }
+
+    pub fn reads(&self) -> bool {
+        self.shared_slots & slot::READ_MASK != 0
+    }
+
+    pub fn owns(&self, slot: u8) -> bool {
+        self.exclusive_slots & (1 << slot) != 0
+    }
+
+    pub fn db(&self) -> *mut ffi::sqlite3 {
+        self.connection.handle()
+    }
+
+    /// Whether a transaction that begins now takes its turn before its snapshot.
+    pub fn takes_turn_ahead(&self) -> bool {
+        let may_write = self.writable && self.seat().is_some_and(|m| m.role() == Role::ReadWrite);
+        let writes = self.second_chance || statement::writes(&self.library.api, self.db());
+        may_write && writes && !self.waited_out() && !crate::planted::planted("no-turn-ahead")
+    }
+
+    /// Whether the rollback journal is there now. An error that is not its absence counts as yes.
+    pub fn journal_exists(&self) -> bool {
+        if self.journal_name.is_null() {
+            return true;
+        }
+        // SAFETY: SQLite's name for the journal, which lives as long as the file is open.
+        let name = unsafe { std::ffi::CStr::from_ptr(self.journal_name) };
+        let path = std::path::Path::new(std::ffi::OsStr::from_bytes(name.to_bytes()));
+        std::fs::metadata(path).map_or_else(|e| e.kind() != std::io::ErrorKind::NotFound, |_| true)
+    }
+
+    /// Says once that the broker is gone.
+    pub fn log_lost(&mut self) {
+        if !std::mem::replace(&mut self.lost_said, true) {
+            let text = format!(
+                "the broker of {} is gone: this connection cannot go on; close it and open it again",
+                self.path
+            );
+            self.library.log(ffi::SQLITE_IOERR_LOCK, &text);
+        }
+    }
+
+    /// What wal.c compares after it got its read lock: it drops the lock and retries if any of it has changed.
+    pub fn snapshot_basis(&self, read_slot: u8) -> Option<(Header, u32)> {
+        let index = self.wal_index?;
+        let mark = match read_slot {
+            slot::READ0 => 0,
+            other => index.read_mark(usize::from(other - slot::READ0)),
+        };
+        Some((index.header(), mark))
+    }
+}

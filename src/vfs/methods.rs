@@ -1,0 +1,254 @@
+//! The C ABI: every `sqlite3_io_methods` callback. Each finds its state, catches unwinding, and either forwards
+//! to the unix VFS or hands over to [`super::locks`], [`super::shm`] or [`super::control`].
+
+use super::main_file::{MainFile, Service};
+use super::wrapped::{Kind, Wrapped};
+use super::{control, locks, open, shm, timeouts};
+use crate::lock::FileLevel;
+use crate::wire::message::Role;
+use libsqlite3_sys as ffi;
+use std::ffi::{c_int, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+type File = *mut ffi::sqlite3_file;
+
+/// Marks a wrapped table.
+pub const CLOSE: unsafe extern "C" fn(File) -> c_int = close;
+
+/// Runs a callback's body; a panic becomes `code` and never crosses into the host.
+pub fn guarded(code: c_int, body: impl FnOnce() -> c_int) -> c_int {
+    catch_unwind(AssertUnwindSafe(body)).unwrap_or(code)
+}
+
+/// As [`guarded`], for a callback of `file`, which other threads of this process see as being driven meanwhile.
+fn call(file: File, code: c_int, body: impl FnOnce(&mut Wrapped) -> c_int) -> c_int {
+    guarded(code, || {
+        let w = state(file);
+        if let Kind::Main(main) = &w.kind {
+            main.activity.enter();
+        }
+        let rc = catch_unwind(AssertUnwindSafe(|| body(state(file)))).unwrap_or(code);
+        if let Kind::Main(main) = &state(file).kind {
+            main.note_holds();
+            main.activity.leave();
+        }
+        rc
+    })
+}
+
+/// The methods for a file of this kind: what the unix VFS has, with what is ours in place. `iVersion` and absent
+/// methods stay as they are.
+pub fn table(real: &ffi::sqlite3_io_methods, kind: &Kind) -> ffi::sqlite3_io_methods {
+    let mut m = *real;
+    m.xClose = Some(close);
+    m.xWrite = Some(write);
+    m.xTruncate = Some(truncate);
+    m.xSync = Some(sync);
+    if let Kind::Main(_) = kind {
+        m.xRead = Some(read);
+        m.xLock = Some(lock);
+        m.xUnlock = Some(unlock);
+        m.xCheckReservedLock = Some(check_reserved);
+        m.xFileControl = Some(file_control);
+        m.xShmMap = m.xShmMap.and(Some(shm_map));
+        m.xShmLock = m.xShmLock.and(Some(shm_lock));
+        m.xShmBarrier = m.xShmBarrier.and(Some(shm_barrier));
+        m.xShmUnmap = m.xShmUnmap.and(Some(shm_unmap));
+        m.xFetch = m.xFetch.and(Some(fetch));
+    }
+    m
+}
+
+/// Calls a method of the unix VFS. Its tables have every method of their version.
+macro_rules! real {
+    ($w:expr, $method:ident, $missing:expr $(, $arg:expr)*) => {
+        // SAFETY: `real` is the unix VFS's static table, and the arguments are the callback's own.
+        match unsafe { (*$w.real).$method } {
+            Some(f) => unsafe { f($($arg),*) },
+            None => $missing,
+        }
+    };
+}
+pub(super) use real;
+
+/// State of the file whose method SQLite calls.
+fn state<'a>(file: File) -> &'a mut Wrapped {
+    // SAFETY: these callbacks are only ever in tables made by Wrapped::wrap; SQLite serialises a file's calls.
+    unsafe { Wrapped::of(file) }
+}
+
+fn main_file(w: &mut Wrapped) -> Option<&mut MainFile> {
+    match &mut w.kind {
+        Kind::Main(main) => Some(main),
+        Kind::Companion { .. } => None,
+    }
+}
+
+unsafe extern "C" fn close(file: File) -> c_int {
+    guarded(ffi::SQLITE_IOERR_CLOSE, || {
+        // SAFETY: as `state`.
+        let wrapped = unsafe { Wrapped::unwrap(file) };
+        let inherited = wrapped.inherited();
+        let Wrapped { real, kind, .. } = *wrapped;
+        let closed = || {
+            // SAFETY: the unix VFS's own table, on its own file.
+            unsafe { (*real).xClose }.map_or(ffi::SQLITE_OK, |f| unsafe { f(file) })
+        };
+        let Kind::Main(main) = kind else { return closed() };
+        open::forget(&main);
+        if main.told_timeout {
+            timeouts::forget(main.db());
+        }
+        if inherited {
+            // The parent's seat, mappings and descriptors are not this process's to give up.
+            let rc = closed();
+            std::mem::forget(main);
+            return rc;
+        }
+        match main.service {
+            Service::Plain(_) => closed(),
+            Service::Seat(member) => {
+                // The connection's descriptor first: closing it after the gate is open would drop the POSIX
+                // locks of a plain connection of this process.
+                let rc = closed();
+                member.leave();
+                rc
+            }
+        }
+    })
+}
+
+unsafe extern "C" fn read(file: File, to: *mut c_void, amount: c_int, offset: i64) -> c_int {
+    call(file, ffi::SQLITE_IOERR_READ, |w| {
+        let rc = real!(w, xRead, ffi::SQLITE_IOERR_READ, file, to, amount, offset);
+        match after_read(w) {
+            true => rc,
+            false => ffi::SQLITE_IOERR_READ,
+        }
+    })
+}
+
+unsafe extern "C" fn fetch(file: File, offset: i64, amount: c_int, to: *mut *mut c_void) -> c_int {
+    call(file, ffi::SQLITE_IOERR_MMAP, |w| {
+        let rc = real!(w, xFetch, ffi::SQLITE_IOERR_MMAP, file, offset, amount, to);
+        match after_read(w) {
+            true => rc,
+            false => {
+                // SAFETY: SQLite passes a place for the pointer; what was fetched is given back.
+                let fetched = unsafe { std::mem::replace(&mut *to, std::ptr::null_mut()) };
+                if !fetched.is_null() {
+                    real!(w, xUnfetch, ffi::SQLITE_OK, file, offset, fetched);
+                }
+                ffi::SQLITE_IOERR_MMAP
+            }
+        }
+    })
+}
+
+/// Whether what was read under this file's locks may be believed. The first page read after SHARED also tells
+/// that the journal was found cold.
+fn after_read(w: &mut Wrapped) -> bool {
+    if w.inherited() {
+        return true;
+    }
+    let Some(main) = main_file(w) else { return true };
+    if main.probation && main.level == FileLevel::Shared {
+        main.probation = false;
+        if let Some(member) = main.gated() {
+            let _ = member.journal_is_clear();
+        }
+    }
+    let Some(member) = main.gated() else { return true };
+    let trusted = match member.role() {
+        Role::ReadWrite => member.shared().is_none_or(|s| !s.poisoned()),
+        // Without the gate's descriptor it does not hold the gate up itself: is it still there?
+        Role::ReadOnly => member.is_whole(),
+    };
+    trusted || main.level == FileLevel::None
+}
+
+unsafe extern "C" fn write(file: File, from: *const c_void, amount: c_int, offset: i64) -> c_int {
+    call(file, ffi::SQLITE_IOERR_WRITE, |w| match may_change(w) {
+        true => real!(w, xWrite, ffi::SQLITE_IOERR_WRITE, file, from, amount, offset),
+        false => ffi::SQLITE_IOERR_WRITE,
+    })
+}
+
+unsafe extern "C" fn truncate(file: File, size: i64) -> c_int {
+    call(file, ffi::SQLITE_IOERR_TRUNCATE, |w| match may_change(w) {
+        true => real!(w, xTruncate, ffi::SQLITE_IOERR_TRUNCATE, file, size),
+        false => ffi::SQLITE_IOERR_TRUNCATE,
+    })
+}
+
+unsafe extern "C" fn sync(file: File, flags: c_int) -> c_int {
+    call(file, ffi::SQLITE_IOERR_FSYNC, |w| match may_change(w) {
+        true => real!(w, xSync, ffi::SQLITE_IOERR_FSYNC, file, flags),
+        false => ffi::SQLITE_IOERR_FSYNC,
+    })
+}
+
+/// A forked child must not touch its parent's files; nobody writes a database whose segment is poisoned.
+fn may_change(w: &mut Wrapped) -> bool {
+    if w.inherited() {
+        return false;
+    }
+    match &w.kind {
+        Kind::Main(main) => main.gated().is_none_or(|m| m.shared().is_none_or(|s| !s.poisoned())),
+        Kind::Companion { wal_of } => wal_of.as_ref().is_none_or(|s| !s.poisoned()),
+    }
+}
+
+unsafe extern "C" fn lock(file: File, level: c_int) -> c_int {
+    call(file, ffi::SQLITE_IOERR_LOCK, |w| match FileLevel::from_sqlite(level) {
+        Some(level) => locks::lock(file, w, level),
+        None => ffi::SQLITE_MISUSE,
+    })
+}
+
+unsafe extern "C" fn unlock(file: File, level: c_int) -> c_int {
+    call(file, ffi::SQLITE_IOERR_UNLOCK, |w| match FileLevel::from_sqlite(level) {
+        Some(level) => locks::unlock(file, w, level),
+        None => ffi::SQLITE_MISUSE,
+    })
+}
+
+unsafe extern "C" fn check_reserved(file: File, out: *mut c_int) -> c_int {
+    call(file, ffi::SQLITE_IOERR_CHECKRESERVEDLOCK, |w| {
+        // SAFETY: SQLite passes a place for the answer.
+        locks::check_reserved(file, w, unsafe { &mut *out })
+    })
+}
+
+unsafe extern "C" fn file_control(file: File, op: c_int, arg: *mut c_void) -> c_int {
+    call(file, ffi::SQLITE_ERROR, |w| control::file_control(file, w, op, arg))
+}
+
+unsafe extern "C" fn shm_map(
+    file: File,
+    region: c_int,
+    size: c_int,
+    extend: c_int,
+    out: *mut *mut c_void,
+) -> c_int {
+    call(file, ffi::SQLITE_IOERR_SHMMAP, |w| {
+        // SAFETY: SQLite passes a place for the pointer (volatile there: it is shared memory).
+        let out = unsafe { &mut *out };
+        shm::map(file, w, region, size, extend, out)
+    })
+}
+
+unsafe extern "C" fn shm_lock(file: File, first: c_int, count: c_int, flags: c_int) -> c_int {
+    call(file, ffi::SQLITE_IOERR_SHMLOCK, |w| shm::lock(file, w, first, count, flags))
+}
+
+unsafe extern "C" fn shm_barrier(file: File) {
+    call(file, 0, |w| {
+        shm::barrier(file, w);
+        0
+    });
+}
+
+unsafe extern "C" fn shm_unmap(file: File, delete: c_int) -> c_int {
+    call(file, ffi::SQLITE_IOERR_SHMMAP, |w| shm::unmap(file, w, delete))
+}

@@ -1,0 +1,23 @@
+//! The SQLite side: the only place that speaks SQLite's C ABI.
+//!
+//! * [`entry`]: the extension's entry points. [`api`]: SQLite's routines, one set a library. [`adopt`]:
+//!   connections that are already open.
+//! * [`open`]: `xOpen`, `xDelete`. [`join`]: from an open file to a seat. [`wrapped`]: our methods over a file's.
+//! * [`methods`]: the C callbacks. [`locks`], [`shm`], [`control`]: what they mean. [`main_file`]: one
+//!   connection's state. [`statement`]: what the connection is doing. [`timeouts`]: what it was told. [`waiting`]:
+//!   how long its statement waits.
+
+mod adopt;
+mod api;
+mod control;
+pub mod entry;
+mod join;
+mod locks;
+mod main_file;
+mod methods;
+mod open;
+mod shm;
+mod statement;
+mod timeouts;
+mod waiting;
+mod wrapped;

@@ -1,0 +1,321 @@
+//! `xShmMap`, `xShmLock`, `xShmBarrier`, `xShmUnmap`: the wal-index and its eight lock slots.
+
+use super::locks::{end_turn, take_turn, turn_is_used};
+use super::main_file::MainFile;
+use super::methods::real;
+use super::wrapped::{Kind, Wrapped};
+use crate::client::Lost;
+use crate::lock::{Ask, FileLevel, Release, Request, Slots, Verdict, slot};
+use crate::segment::layout::REGION_SIZE;
+use crate::segment::wal_index::WalIndex;
+use crate::wire::message::Role;
+use libsqlite3_sys as ffi;
+use std::ffi::{c_int, c_void};
+use std::ptr;
+use std::sync::atomic::{Ordering, fence};
+
+type File = *mut ffi::sqlite3_file;
+
+pub fn map(
+    file: File,
+    w: &mut Wrapped,
+    region: c_int,
+    size: c_int,
+    extend: c_int,
+    out: &mut *mut c_void,
+) -> c_int {
+    *out = ptr::null_mut();
+    if w.inherited() {
+        return ffi::SQLITE_IOERR_SHMMAP;
+    }
+    let Kind::Main(main) = &mut w.kind else { return ffi::SQLITE_MISUSE };
+    if main.gated().is_none() {
+        let rc = real!(w, xShmMap, ffi::SQLITE_IOERR_SHMMAP, file, region, size, extend, out);
+        let Kind::Main(main) = &mut w.kind else { return rc };
+        if region == 0 && !out.is_null() {
+            // SAFETY: the unix VFS keeps the first region mapped until xShmUnmap, which forgets it here.
+            main.wal_index = Some(unsafe { WalIndex::new((*out).cast()) });
+        }
+        return rc;
+    }
+    let Ok(region) = u32::try_from(region) else { return ffi::SQLITE_IOERR_SHMMAP };
+    if size as usize != REGION_SIZE {
+        return ffi::SQLITE_IOERR_SHMMAP;
+    }
+    match map_gated(main, region, extend != 0) {
+        Ok(Mapped::At(address)) => {
+            *out = address;
+            match main.gated().map(|m| m.role()) {
+                Some(Role::ReadOnly) => ffi::SQLITE_READONLY,
+                _ => ffi::SQLITE_OK,
+            }
+        }
+        // wal.c then reads the WAL without a shared index.
+        Ok(Mapped::NotYet) if main.gated().is_some_and(|m| m.role() == Role::ReadOnly) => {
+            ffi::SQLITE_READONLY_CANTINIT
+        }
+        Ok(Mapped::NotYet) => ffi::SQLITE_OK,
+        Ok(Mapped::NoMemory) => ffi::SQLITE_NOMEM,
+        Ok(Mapped::Failed) => ffi::SQLITE_IOERR_SHMMAP,
+        Err(Lost) => {
+            main.log_lost();
+            ffi::SQLITE_IOERR_SHMMAP
+        }
+    }
+}
+
+enum Mapped {
+    At(*mut c_void),
+    /// Not there, and not to be made.
+    NotYet,
+    NoMemory,
+    Failed,
+}
+
+fn map_gated(main: &mut MainFile, region: u32, extend: bool) -> Result<Mapped, Lost> {
+    let member = main.gated().filter(|m| m.is_whole()).ok_or(Lost)?;
+    let shared = member.shared().ok_or(Lost)?;
+    if !main.wal_open {
+        member.open_wal_index()?;
+    }
+    if region >= shared.regions() {
+        // A read-only client cannot extend; neither can the unix VFS for it.
+        if !extend || member.role() == Role::ReadOnly {
+            main.wal_open = true;
+            return Ok(Mapped::NotYet);
+        }
+        if member.grow_wal_index(region + 1)?.is_none_or(|regions| region >= regions) {
+            main.wal_open = true;
+            return Ok(Mapped::NoMemory);
+        }
+    }
+    let address = shared.region(region);
+    main.wal_open = true;
+    let Ok(address) = address else { return Ok(Mapped::Failed) };
+    if region == 0 {
+        // SAFETY: the first region stays mapped until this connection leaves.
+        main.wal_index = Some(unsafe { WalIndex::new(address) });
+    }
+    Ok(Mapped::At(address.cast()))
+}
+
+pub fn lock(file: File, w: &mut Wrapped, first: c_int, count: c_int, flags: c_int) -> c_int {
+    let locking = flags & ffi::SQLITE_SHM_LOCK != 0;
+    let shared = flags & ffi::SQLITE_SHM_SHARED != 0;
+    let slots = u8::try_from(first).ok().zip(u8::try_from(count).ok()).and_then(|(f, c)| Slots::new(f, c));
+    let Some(slots) = slots else { return ffi::SQLITE_MISUSE };
+    if w.inherited() {
+        // Not BUSY: wal.c would ask a hundred times.
+        return if locking { ffi::SQLITE_IOERR_SHMLOCK } else { ffi::SQLITE_OK };
+    }
+    let Kind::Main(main) = &mut w.kind else { return ffi::SQLITE_MISUSE };
+    let result = match main.gated().is_some() {
+        true if locking => acquire(main, slots, shared),
+        true => release(main, slots, shared),
+        false => return guest_lock(file, w, slots, flags),
+    };
+    match result {
+        Ok(rc) => rc,
+        Err(Lost) => {
+            main.log_lost();
+            if locking { ffi::SQLITE_IOERR_SHMLOCK } else { ffi::SQLITE_OK }
+        }
+    }
+}
+
+fn acquire(main: &mut MainFile, slots: Slots, shared: bool) -> Result<c_int, Lost> {
+    if main.gated().is_none_or(|m| !m.is_whole()) {
+        return Err(Lost);
+    }
+    match shared {
+        true if slots.is_one_read() => acquire_read(main, slots),
+        true => plain_request(main, Request::ShmShared(slots), slots),
+        false if slots.is_write() => acquire_write(main, slots),
+        false => plain_request(main, Request::ShmExclusive { slots, blocking: false }, slots),
+    }
+}
+
+/// A request that is answered at once.
+fn plain_request(main: &mut MainFile, request: Request, slots: Slots) -> Result<c_int, Lost> {
+    let verdict = main.ask(Ask { request, ahead: false }, || false)?.verdict;
+    if verdict == Verdict::Busy {
+        return Ok(ffi::SQLITE_BUSY);
+    }
+    note_held(main, slots, matches!(request, Request::ShmShared(_)));
+    Ok(ffi::SQLITE_OK)
+}
+
+fn note_held(main: &mut MainFile, slots: Slots, shared: bool) {
+    let mask = slots.mask().unwrap_or(0);
+    match shared {
+        true => main.shared_slots |= mask,
+        false => main.exclusive_slots |= mask,
+    }
+}
+
+/// A read transaction begins: the turn first if it will write, then the snapshot.
+fn acquire_read(main: &mut MainFile, slots: Slots) -> Result<c_int, Lost> {
+    main.retry_expected = false;
+    let ahead = main.takes_turn_ahead();
+    if ahead {
+        main.note_rerun();
+    }
+    let read_slot = slots.mask().unwrap_or(0).trailing_zeros() as u8;
+    let before = main.snapshot_basis(read_slot);
+    let outcome = main.ask(Ask { request: Request::ShmShared(slots), ahead }, || false)?;
+    main.second_chance &= !ahead;
+    let Verdict::Granted { turn, .. } = outcome.verdict else { return Ok(ffi::SQLITE_BUSY) };
+    main.turn = turn;
+    note_held(main, slots, true);
+    // What SQLite compares has changed while we waited: it will drop this lock and ask again. That unlock is
+    // not the end of the transaction.
+    main.retry_expected = turn && before != main.snapshot_basis(read_slot);
+    Ok(ffi::SQLITE_OK)
+}
+
+fn acquire_write(main: &mut MainFile, slots: Slots) -> Result<c_int, Lost> {
+    let blocking = main.lock_timeout > 0;
+    let request = Request::ShmExclusive { slots, blocking };
+    let ask = Ask { request, ahead: false };
+    let ordinary = main.reads() || main.owns(slot::CHECKPOINT) || blocking;
+    let verdict = match main.wal_index {
+        // WRITE outside a read transaction: walIndexReadHdr found a header it could not read. Mostly it was
+        // just being written, and valid again by now: BUSY makes wal.c look again. Else wait for whoever
+        // recovers it, and look again after that.
+        Some(index) if !ordinary && !crate::planted::planted("torn-header-queues") => {
+            if index.valid_header().is_some() {
+                return Ok(ffi::SQLITE_BUSY);
+            }
+            main.ask(ask, || index.valid_header().is_some())?.verdict
+        }
+        _ => main.ask(ask, || false)?.verdict,
+    };
+    match verdict {
+        Verdict::Granted { turn, .. } => {
+            main.turn = turn;
+            if ordinary {
+                main.progress();
+            }
+            main.write_basis = main.wal_index.map(|i| i.header());
+            note_held(main, slots, false);
+            Ok(ffi::SQLITE_OK)
+        }
+        Verdict::Busy => {
+            main.second_chance |= main.reads();
+            Ok(ffi::SQLITE_BUSY)
+        }
+    }
+}
+
+fn release(main: &mut MainFile, slots: Slots, shared: bool) -> Result<c_int, Lost> {
+    let mask = slots.mask().unwrap_or(0);
+    let release = match shared {
+        true => {
+            main.shared_slots &= !mask;
+            let retry = std::mem::take(&mut main.retry_expected);
+            let keep_turn = slots.is_one_read() && (retry || main.keeps_turn_for_rerun(true));
+            Release::ShmShared { slots, keep_turn }
+        }
+        false => {
+            main.exclusive_slots &= !mask;
+            let unwritten = main.wal_index.map(|i| i.header()) == main.write_basis;
+            let keep_turn = slots.is_write() && main.reads() && main.keeps_turn_for_rerun(unwritten);
+            Release::ShmExclusive { slots, keep_turn }
+        }
+    };
+    main.gated().ok_or(Lost)?.release(release)?;
+    Ok(ffi::SQLITE_OK)
+}
+
+/// Guest mode: the unix VFS's locks, with the turn around them.
+fn guest_lock(file: File, w: &mut Wrapped, slots: Slots, flags: c_int) -> c_int {
+    let locking = flags & ffi::SQLITE_SHM_LOCK != 0;
+    let shared = flags & ffi::SQLITE_SHM_SHARED != 0;
+    let (first, count) = slots.bounds();
+    let Kind::Main(main) = &mut w.kind else { return ffi::SQLITE_MISUSE };
+    let guest = main.guest().is_some();
+    let mut before = None;
+    if guest && locking {
+        let read_slot = first as u8;
+        let begins = shared && slots.is_one_read();
+        let checkpoint = !shared && slots.is_write() && !main.reads() && main.owns(slot::CHECKPOINT);
+        if begins {
+            main.retry_expected = false;
+            before = main.snapshot_basis(read_slot);
+        }
+        let taken = match (begins, checkpoint) {
+            (true, _) => take_turn(main),
+            (_, true) => main.ask(Ask { request: Request::Turn, ahead: true }, || false).map(|o| {
+                main.turn = matches!(o.verdict, Verdict::Granted { turn: true, .. });
+            }),
+            _ => Ok(()),
+        };
+        if taken.is_err() {
+            main.log_lost();
+            return ffi::SQLITE_IOERR_SHMLOCK;
+        }
+    }
+    let rc = real!(w, xShmLock, ffi::SQLITE_IOERR_SHMLOCK, file, first, count, flags);
+    let Kind::Main(main) = &mut w.kind else { return rc };
+    if rc != ffi::SQLITE_OK || !guest {
+        if rc == ffi::SQLITE_BUSY && slots.is_write() && main.reads() {
+            main.second_chance = true;
+        }
+        return rc;
+    }
+    let mask = slots.mask().unwrap_or(0);
+    if locking {
+        note_held(main, slots, shared);
+        if shared && slots.is_one_read() {
+            main.retry_expected = main.turn && before != main.snapshot_basis(first as u8);
+        } else if slots.is_write() && main.reads() {
+            turn_is_used(main);
+        }
+        return rc;
+    }
+    let was_write = !shared && slots.is_write();
+    let kept = std::mem::take(&mut main.retry_expected) && shared;
+    match shared {
+        true => main.shared_slots &= !mask,
+        false => main.exclusive_slots &= !mask,
+    }
+    let transaction_ends = shared && !main.reads() && !main.owns(slot::WRITE) && !kept;
+    if transaction_ends || (was_write && (main.reads() || main.owns(slot::CHECKPOINT))) {
+        end_turn(main);
+    }
+    rc
+}
+
+pub fn barrier(file: File, w: &mut Wrapped) {
+    fence(Ordering::SeqCst);
+    let Kind::Main(main) = &w.kind else { return };
+    if main.gated().is_none() && !w.inherited() {
+        real!(w, xShmBarrier, (), file);
+    }
+}
+
+pub fn unmap(file: File, w: &mut Wrapped, delete: c_int) -> c_int {
+    if w.inherited() {
+        return ffi::SQLITE_OK;
+    }
+    let Kind::Main(main) = &mut w.kind else { return ffi::SQLITE_MISUSE };
+    if main.gated().is_none() {
+        main.wal_index = None;
+        return real!(w, xShmUnmap, ffi::SQLITE_OK, file, delete);
+    }
+    let index = main.wal_index.take();
+    main.shared_slots = 0;
+    main.exclusive_slots = 0;
+    if !std::mem::take(&mut main.wal_open) {
+        return ffi::SQLITE_OK;
+    }
+    let Some(member) = main.gated() else { return ffi::SQLITE_OK };
+    if delete != 0 && main.level == FileLevel::Exclusive && member.role() == Role::ReadWrite {
+        // The WAL is about to be removed; the next one must not be read through this index.
+        if let Some(index) = index {
+            index.invalidate();
+        }
+    }
+    let _ = member.close_wal_index();
+    ffi::SQLITE_OK
+}
