@@ -1,0 +1,73 @@
+//! `turnstile serve`: the broker.
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use turnstile::broker::{Options, serve};
+use turnstile::client::{config, place};
+
+#[derive(clap::Args, Debug)]
+pub struct ServeArgs {
+    /// Path of the socket to listen on. Default: /run/turnstile/broker.sock for root; for a user
+    /// $XDG_RUNTIME_DIR/turnstile/broker.sock, else a private directory in /tmp.
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Exit after this long without members (for example 60s). Default: never.
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    idle_exit: Option<std::time::Duration>,
+    /// Let other users connect. The proof of access to a database is always an open descriptor of it, so this
+    /// opens no data to anyone. Default: yes for root, no for others.
+    #[arg(long, value_name = "yes|no", value_parser = parse_yes)]
+    everyone: Option<bool>,
+    /// Also take databases on FUSE and network filesystems, where turnstile cannot prove that all members see
+    /// one file. Two mounts of one directory will lose rows.
+    #[arg(long)]
+    allow_unsafe_filesystems: bool,
+    /// Write one byte to this descriptor once the socket listens.
+    #[arg(long, value_name = "FD", hide = true)]
+    ready_fd: Option<i32>,
+}
+
+fn parse_time(text: &str) -> Result<std::time::Duration, String> {
+    config::duration(text).ok_or_else(|| "expected a time such as 60s, 500ms or 2m".into())
+}
+
+fn parse_yes(text: &str) -> Result<bool, String> {
+    match text {
+        "yes" => Ok(true),
+        "no" => Ok(false),
+        _ => Err("expected yes or no".into()),
+    }
+}
+
+pub fn run(args: ServeArgs) -> ExitCode {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("TURNSTILE_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+    let socket = match args.socket.map_or_else(place::default_socket, Ok) {
+        Ok(socket) => socket,
+        Err(e) => return fail(&e),
+    };
+    let root = nix::unistd::geteuid().is_root();
+    let options = Options {
+        socket,
+        everyone: args.everyone.unwrap_or(root),
+        idle_exit: args.idle_exit,
+        allow_unsafe: args.allow_unsafe_filesystems,
+        ready: args.ready_fd,
+    };
+    match serve(options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => fail(&e),
+    }
+}
+
+fn fail(error: &dyn std::error::Error) -> ExitCode {
+    eprintln!("turnstile serve: {error}");
+    ExitCode::FAILURE
+}

@@ -1,0 +1,147 @@
+//! `turnstile status`: databases, modes, members, who has the turn and for how long, the line.
+
+use serde_json::Value;
+use std::fmt::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use turnstile::client::member::status_report;
+use turnstile::client::place;
+use turnstile::client::session::{ConnectError, Session};
+
+#[derive(clap::Args, Debug)]
+pub struct StatusArgs {
+    /// Print the report as JSON, as the broker gives it.
+    #[arg(long)]
+    json: bool,
+    /// The broker's socket. Default: $TURNSTILE_SOCKET, else the broker that a program of this user would find.
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+}
+
+pub fn run(args: StatusArgs) -> ExitCode {
+    match report(&args) {
+        Ok(text) => {
+            println!("{text}");
+            ExitCode::SUCCESS
+        }
+        Err(reason) => {
+            eprintln!("turnstile status: {reason}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn report(args: &StatusArgs) -> Result<String, String> {
+    let session =
+        connect(args.socket.clone().or_else(|| std::env::var_os("TURNSTILE_SOCKET").map(Into::into)))?;
+    let json = status_report(&session).map_err(|e| e.to_string())?;
+    let report: Value = serde_json::from_slice(&json).map_err(|e| format!("the broker's answer: {e}"))?;
+    Ok(match args.json {
+        true => serde_json::to_string_pretty(&report).unwrap_or_default(),
+        false => render(&report),
+    })
+}
+
+fn connect(socket: Option<PathBuf>) -> Result<Session, String> {
+    let candidates = match socket {
+        Some(given) => vec![given],
+        None => place::candidates().flatten().collect(),
+    };
+    let mut errors = Vec::new();
+    for path in candidates {
+        match Session::open(&path) {
+            Ok(session) => return Ok(session),
+            Err(e @ ConnectError::Absent(_)) => {
+                errors
+                    .push(format!("{e} (nobody uses turnstile there now; brokers are started when needed)"));
+            }
+            Err(e) => errors.push(e.to_string()),
+        }
+    }
+    Err(errors.join("; "))
+}
+
+/// The report for people.
+fn render(report: &Value) -> String {
+    let text = |v: &Value| v.as_str().unwrap_or("?").to_owned();
+    let broker = &report["broker"];
+    let mut out = format!(
+        "broker pid {}, version {}, {}, up {} s",
+        broker["pid"],
+        text(&broker["version"]),
+        text(&broker["socket"]),
+        broker["uptime_seconds"]
+    );
+    let databases = report["databases"].as_array().cloned().unwrap_or_default();
+    if databases.is_empty() {
+        out.push_str("\nno databases are open");
+    }
+    for db in &databases {
+        let name = db["name"].as_str().unwrap_or("(name unknown)");
+        let _ = write!(
+            out,
+            "\n\n{name}  (device {}, inode {})  {}",
+            db["device"],
+            db["inode"],
+            text(&db["mode"])
+        );
+        if let Some(reason) = db["reason"].as_str() {
+            let _ = write!(out, ": {reason}");
+        }
+        let _ = match &db["turn"] {
+            Value::Null => write!(out, "\n  turn: free"),
+            t => write!(
+                out,
+                "\n  turn: seat {}, {} (pid {}), for {} ms",
+                t["seat"],
+                text(&t["program"]),
+                t["pid"],
+                t["held_ms"]
+            ),
+        };
+        for (place, w) in db["line"].as_array().into_iter().flatten().enumerate() {
+            let _ = write!(
+                out,
+                "\n  {}. in line: seat {}, {} (pid {}), waits for {} since {} ms",
+                place + 1,
+                w["seat"],
+                text(&w["program"]),
+                w["pid"],
+                text(&w["waits_for"]),
+                w["waited_ms"]
+            );
+        }
+        let _ = write!(
+            out,
+            "\n  {:>5} {:>8} {:<18} {:>6} {:<10} {:<9} since",
+            "seat", "pid", "program", "uid", "role", "SQLite"
+        );
+        for m in db["members"].as_array().into_iter().flatten() {
+            let _ = write!(
+                out,
+                "\n  {:>5} {:>8} {:<18} {:>6} {:<10} {:<9} {}",
+                m["seat"].to_string(),
+                m["pid"].to_string(),
+                text(&m["program"]),
+                m["uid"].to_string(),
+                text(&m["role"]),
+                text(&m["sqlite"]),
+                ago(m["since"].as_u64().unwrap_or(0))
+            );
+            if let Some(container) = m["container"].as_str() {
+                let _ = write!(out, "  container {container}");
+            }
+        }
+    }
+    out
+}
+
+/// Seconds since 1970 as a time ago.
+fn ago(since: u64) -> String {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    match now.saturating_sub(since) {
+        s if s < 120 => format!("{s} s ago"),
+        s if s < 7200 => format!("{} min ago", s / 60),
+        s => format!("{} h ago", s / 3600),
+    }
+}

@@ -1,0 +1,40 @@
+//! The `turnstile` program.
+
+mod cli;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Every process and container on one Linux host writes the same SQLite database at once.
+#[derive(Parser)]
+#[command(version, about, long_about = None, after_help = "\
+Start with `turnstile demo`. Then, unchanged programs: `turnstile run -- COMMAND`; or load libturnstile.so as a \
+SQLite extension. A broker is started when there is none.")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a program with turnstile under its SQLite, unchanged.
+    Run(cli::run::RunArgs),
+    /// Run the broker (programs start one by themselves when there is none).
+    Serve(cli::serve::ServeArgs),
+    /// Show databases, members, who has the turn and who waits.
+    Status(cli::status::StatusArgs),
+    /// Compare plain SQLite with turnstile on this machine, in less than half a minute.
+    Demo(cli::demo::DemoArgs),
+    #[command(hide = true)]
+    DemoWorker(cli::demo::worker::WorkerArgs),
+}
+
+fn main() -> ExitCode {
+    match Arguments::parse().command {
+        Command::Run(args) => cli::run::run(args),
+        Command::Serve(args) => cli::serve::run(args),
+        Command::Status(args) => cli::status::run(args),
+        Command::Demo(args) => cli::demo::run(args),
+        Command::DemoWorker(args) => cli::demo::worker::run(args),
+    }
+}

@@ -1,0 +1,20 @@
+// A client in Node: `node:sqlite`, whose SQLite is part of the node binary. See README.md.
+import { DatabaseSync } from 'node:sqlite';
+import { path, worker, extension, work } from './common.mjs';
+
+const first = new DatabaseSync(path, { allowExtension: true, timeout: 0 });
+if (extension) first.loadExtension(extension);
+const second = new DatabaseSync(path, { timeout: 0 });
+const both = [first, second];
+
+const status = both.map((db) => Object.values(db.prepare('PRAGMA turnstile_status').get() ?? {})[0] ?? null);
+const inserts = both.map((db) => db.prepare('INSERT INTO rows VALUES(?, ?)'));
+const counted = first.prepare('SELECT count(*) AS n FROM rows WHERE worker = ?');
+
+work({
+  insert: (i, seq) => inserts[i].run(worker, seq),
+  count: () => counted.get(worker).n,
+  close: () => both.reverse().forEach((db) => db.close()),
+  sqlite: first.prepare('SELECT sqlite_version() AS v').get().v,
+  status,
+});
