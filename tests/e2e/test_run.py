@@ -478,7 +478,8 @@ job = os.fork()
 if job == 0:
     os.setpgid(0, 0)
     os.tcsetpgrp(0, os.getpid())
-    signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+    for sig in (signal.SIGTTOU, signal.SIGINT, signal.SIGQUIT):  # a shell's background job ignores the latter two
+        signal.signal(sig, signal.SIG_DFL)
     os.close(told)
     os.execv(sys.argv[2], sys.argv[2:])
 while True:
