@@ -10,17 +10,22 @@ if (extension) first.loadExtension(extension);
 const second = new Database(path, { timeout: 0 });
 const both = [first, second];
 
-const status = both.map((db) => db.pragma('turnstile_status', { simple: true })).map((text) => (typeof text === 'string' ? text : null));
-const inserts = both.map((db) => db.prepare('INSERT INTO rows VALUES(?, ?)'));
-const counted = first.prepare('SELECT count(*) FROM rows WHERE worker = ?').pluck();
+// Every statement stays referenced to the end: one that is collected without a context entered aborts the process, now
+// and then (RemoveEnvironmentCleanupHook), with or without turnstile. So db.pragma(), which drops its own, is not used.
+const kept = (globalThis.kept = []);
+const prepare = (db, sql) => (kept.push(db.prepare(sql)), kept.at(-1));
+
+const status = both.map((db) => prepare(db, 'PRAGMA turnstile_status')).map((asked) => (asked.reader ? asked.pluck().get() : null));
+const inserts = both.map((db) => prepare(db, 'INSERT INTO rows VALUES(?, ?)'));
+const counted = prepare(first, 'SELECT count(*) FROM rows WHERE worker = ?').pluck();
 
 work({
   insert: (i, seq) => inserts[i].run(worker, seq),
   count: () => counted.get(worker),
   close: () => both.reverse().forEach((db) => db.close()),
-  sqlite: first.prepare('SELECT sqlite_version()').pluck().get(),
+  sqlite: prepare(first, 'SELECT sqlite_version()').pluck().get(),
   status,
 });
 
-// Without the environment's teardown: a statement collected there aborts in RemoveEnvironmentCleanupHook.
+// Without the environment's teardown, for the same reason.
 process.exit(0);
