@@ -2,30 +2,24 @@
 //!
 //! * [`programs`]: what is found. [`workloads`]: what is run with it. [`worker`] and `worker.py`: the processes
 //!   that write.
-//! * [`processes`]: starting them together, and ending all of them whatever happens.
+//! * [`super::processes`]: starting them together, and ending all of them whatever happens. [`super::own_broker`]: the
+//!   broker that they use.
 //! * [`outcome`]: what they did. [`report`]: the table.
 
 mod outcome;
-mod processes;
 mod programs;
 mod report;
 pub mod worker;
 mod workloads;
 
 use std::fmt::Display;
-use std::fs::{self, File};
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
-use std::time::{Duration, Instant};
+use std::io::{self, Write};
+use std::process::ExitCode;
 
-use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
-use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
-use processes::{Process, Signals, Stop, cleaned};
+use super::own_broker::Broker;
+use super::processes::{Signals, Stop};
 use programs::Programs;
 use report::Report;
 use workloads::{Side, Stage, Workload};
@@ -130,65 +124,6 @@ fn make_directory(keep: bool) -> Result<TempDir, Stop> {
         say(format_args!("the demo's files are kept in {}", directory.path().display()));
     }
     Ok(directory)
-}
-
-/// A broker for the demo's databases alone. Dropped, it is ended.
-struct Broker {
-    process: Process,
-    socket: PathBuf,
-    log: PathBuf,
-}
-
-impl Broker {
-    /// Starts it and waits until it listens.
-    fn start(program: &Path, directory: &Path, signals: &Signals) -> Result<Broker, Stop> {
-        const LIMIT: Duration = Duration::from_secs(10);
-        let (socket, log) = (directory.join("broker.sock"), directory.join("broker.log"));
-        let start = || {
-            let (ready, tell) = io::pipe()?;
-            fcntl(&ready, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-            let mut command = cleaned(Command::new(program));
-            command.arg("serve").arg("--socket").arg(&socket).args(["--everyone", "no", "--ready-fd"]);
-            command.arg(tell.as_raw_fd().to_string());
-            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(&log)?);
-            let number = tell.as_raw_fd();
-            // SAFETY: one system call between fork and exec, on a descriptor that `tell` keeps open.
-            unsafe {
-                command.pre_exec(move || {
-                    fcntl(BorrowedFd::borrow_raw(number), FcntlArg::F_SETFD(FdFlag::empty()))?;
-                    Ok(())
-                });
-            }
-            Ok((ready, Process::start(&mut command, Signal::SIGTERM)?))
-        };
-        let (mut ready, process) = start().map_err(Stop::doing::<io::Error>("cannot start the broker"))?;
-        let mut broker = Broker { process, socket, log };
-        let until = Instant::now() + LIMIT;
-        while broker.process.ended().is_none() && Instant::now() < until {
-            signals.wait(until, Some(ready.as_fd()))?;
-            if ready.read(&mut [0]).is_ok_and(|n| n == 1) {
-                return Ok(broker);
-            }
-        }
-        Err(Stop::Failed(format!("the broker did not start: {}", broker.last_words())))
-    }
-
-    /// It should still be there when the work is done.
-    fn fault(&mut self) -> Option<String> {
-        let (status, _) = self.process.ended()?;
-        Some(format!("the broker ended before its time ({status}): {}", self.last_words()))
-    }
-
-    fn last_words(&self) -> String {
-        let log = fs::read_to_string(&self.log).unwrap_or_default();
-        log.lines().next_back().unwrap_or("its log is empty").to_owned()
-    }
-}
-
-impl Drop for Broker {
-    fn drop(&mut self) {
-        self.process.end(Duration::from_secs(5));
-    }
 }
 
 /// A line on standard error; nobody may be listening.

@@ -2,6 +2,9 @@
 
 pub mod demo;
 pub mod extension;
+mod linked;
+mod own_broker;
+mod processes;
 pub mod run;
 pub mod serve;
 pub mod status;

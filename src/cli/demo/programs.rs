@@ -12,8 +12,8 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
-use super::processes::{Process, Signals, Stop, cleaned};
 use crate::cli::extension;
+use crate::cli::processes::{Process, Signals, Stop, cleaned};
 
 /// A program that is found answers in a moment; one that does not is not waited for.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);

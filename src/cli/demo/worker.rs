@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use rusqlite::{Connection, ffi};
+use rusqlite::Connection;
 
 use super::outcome::{LOCKED, Tally, milliseconds};
+use crate::cli::linked;
 
 pub const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -59,34 +60,15 @@ fn work(args: &WorkerArgs) -> Result<Tally, Box<dyn Error>> {
         tally.attempts += 1;
     }
     drop(insert);
-    tally.mode = if args.turnstile { Some(mode(&db)?) } else { None };
+    tally.mode = linked::mode(&db)?;
     Ok(tally)
 }
 
 fn open(path: &Path, turnstile: bool) -> Result<Connection, Box<dyn Error>> {
     if turnstile {
-        register()?;
+        linked::register()?;
     }
     let db = Connection::open(path)?;
     db.busy_timeout(BUSY_TIMEOUT)?;
     Ok(db)
-}
-
-/// Gives the extension to this program's SQLite, for every connection that it opens from now on.
-fn register() -> Result<(), String> {
-    type EntryPoint =
-        unsafe extern "C" fn(*mut ffi::sqlite3, *mut *mut i8, *const ffi::sqlite3_api_routines) -> i32;
-    // SAFETY: the two types differ in the name of a pointer alone; the function is there for this call.
-    let rc = unsafe {
-        let entry: EntryPoint = std::mem::transmute(turnstile::vfs::entry::turnstile_auto_init as *const ());
-        ffi::sqlite3_auto_extension(Some(entry))
-    };
-    if rc == ffi::SQLITE_OK { Ok(()) } else { Err(format!("sqlite3_auto_extension failed ({rc})")) }
-}
-
-/// How turnstile serves this connection: `gated`, unless something is wrong.
-fn mode(db: &Connection) -> Result<String, Box<dyn Error>> {
-    let status: String = db.query_row("PRAGMA turnstile_status", [], |row| row.get(0))?;
-    let status: serde_json::Value = serde_json::from_str(&status)?;
-    Ok(status["mode"].as_str().unwrap_or("none").to_owned())
 }

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use rusqlite::Connection;
 
 use super::outcome::{LOCKED, Outcome, Tally, milliseconds};
-use super::processes::{Finished, Group, Signals, Stop, cleaned};
 use super::programs::{Missing, Programs};
 use super::worker::BUSY_TIMEOUT;
+use crate::cli::processes::{Finished, Group, Signals, Stop, cleaned};
 
 const SHELLS: usize = 16;
 const WRITERS: usize = 8;

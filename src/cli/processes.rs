@@ -1,4 +1,4 @@
-//! Processes that begin together and never outlive the demo, and the signals that end it early.
+//! Processes that begin together and never outlive the command that started them, and the signals that end it early.
 
 use std::io::{self, PipeReader, PipeWriter, Read};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -13,7 +13,7 @@ use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::Pid;
 
-/// Why the demo ends without a result.
+/// Why a command ends without a result.
 #[derive(Debug, thiserror::Error)]
 pub enum Stop {
     #[error("stopped by {}", .0.as_str())]
@@ -166,11 +166,21 @@ impl Group {
 
     /// Waits until all are ready, lets them begin, and waits for their end, `limit` for each of the two.
     pub fn run(mut self, signals: &Signals, limit: Duration) -> Result<Finished, Stop> {
+        self.ready(signals, limit)?;
+        self.finish(signals, limit)
+    }
+
+    /// Waits until all are ready. One that ends instead has an error to show, and is not waited for.
+    pub fn ready(&mut self, signals: &Signals, limit: Duration) -> Result<(), Stop> {
         let until = Instant::now() + limit;
-        // One that ends instead of getting ready has an error to show, and is not waited for.
         while self.count_ready() + self.count_ended() < self.processes.len() && Instant::now() < until {
             self.pass_time(signals, until)?;
         }
+        Ok(())
+    }
+
+    /// Lets them begin and waits for their end.
+    pub fn finish(mut self, signals: &Signals, limit: Duration) -> Result<Finished, Stop> {
         self.barrier = None;
         let began = Instant::now();
         let until = began + limit;
