@@ -25,8 +25,12 @@ enum Command {
     Status(cli::status::StatusArgs),
     /// Compare plain SQLite with turnstile on this machine, in less than half a minute.
     Demo(cli::demo::DemoArgs),
+    /// Measure plain SQLite against turnstile on this machine.
+    Bench(cli::bench::BenchArgs),
     #[command(hide = true)]
     DemoWorker(cli::demo::worker::WorkerArgs),
+    #[command(hide = true)]
+    BenchWorker(cli::bench::worker::WorkerArgs),
 }
 
 fn main() -> ExitCode {
@@ -35,6 +39,8 @@ fn main() -> ExitCode {
         Command::Serve(args) => cli::serve::run(args),
         Command::Status(args) => cli::status::run(args),
         Command::Demo(args) => cli::demo::run(args),
+        Command::Bench(args) => cli::bench::run(args),
         Command::DemoWorker(args) => cli::demo::worker::run(args),
+        Command::BenchWorker(args) => cli::bench::worker::run(args),
     }
 }
