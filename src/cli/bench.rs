@@ -4,8 +4,9 @@
 //!   and whether they hold what was acknowledged.
 //! * [`worker`]: a process of a run. [`operations`]: what it does, in SQL. [`meter`]: what that took. [`task`]: what
 //!   passes between it and us.
-//! * [`outcome`]: what the processes did together. [`environment`]: where. [`report`], [`table`]: the result.
+//! * [`outcome`]: what the processes did together. [`environment`]: where. [`report`], [`table`], [`chart`]: the result.
 
+mod chart;
 mod environment;
 mod files;
 mod meter;
@@ -42,7 +43,8 @@ program with its own SQLite; on turnstile's side they use a broker that the benc
 
   turnstile bench --quick                                 a first look, in half a minute
   turnstile bench --only insert-full --processes 1,8      one question, three rounds a side
-  turnstile bench --dir /srv/data --json result.json       everything, on the disk that matters
+  turnstile bench --dir /srv/data --json result.json --svg result.svg
+                                                          everything, on the disk that matters
 
 After every run the rows in the file are compared with those that were acknowledged.
 
@@ -78,6 +80,9 @@ pub struct BenchArgs {
     /// Write everything as JSON to FILE; to standard output if it is '-', and the table to standard error.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Write a chart of the ratios to FILE.
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
     /// Print the workloads and what they are.
     #[arg(long)]
     list: bool,
@@ -219,7 +224,7 @@ fn deliver(args: &BenchArgs, report: &Report) -> Result<(), Stop> {
         Some(file) => write(file, format!("{:#}\n", report.json()))?,
         None => {}
     }
-    Ok(())
+    args.svg.as_deref().map_or(Ok(()), |file| write(file, chart::svg(report)))
 }
 
 /// The table, and on a terminal a progress bar below it.

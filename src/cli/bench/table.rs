@@ -76,7 +76,7 @@ fn digits(n: f64) -> String {
     }
 }
 
-fn ratio(n: f64) -> String {
+pub fn ratio(n: f64) -> String {
     if n < 0.0995 { format!("{n:.3}") } else { digits(n) }
 }
 
