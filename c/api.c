@@ -27,6 +27,8 @@ struct turnstile_api {
   int (*step)(sqlite3_stmt *);
   const unsigned char *(*column_text)(sqlite3_stmt *, int);
   int (*finalize)(sqlite3_stmt *);
+  int (*get_autocommit)(sqlite3 *);
+  int (*trace_v2)(sqlite3 *, unsigned, int (*)(unsigned, void *, void *, void *), void *);
   void (*log)(int, const char *, ...);
   char *(*mprintf)(const char *, ...);
   const char *(*uri_parameter)(const char *, const char *);
@@ -56,6 +58,8 @@ int turnstile_api_read(const sqlite3_api_routines *p, int least, struct turnstil
   out->step = p->step;
   out->column_text = p->column_text;
   out->finalize = p->finalize;
+  out->get_autocommit = p->get_autocommit;
+  out->trace_v2 = p->trace_v2;
   out->log = p->log;
   out->mprintf = p->mprintf;
   out->uri_parameter = p->uri_parameter;

@@ -7,7 +7,7 @@ use std::path::Path;
 const LAYERS: &[(&str, &[&str])] = &[
     ("planted.rs", &[]),
     ("segment", &["planted"]),
-    ("lock", &["planted"]),
+    ("lock", &["segment", "planted"]),
     ("wire", &["lock"]),
     ("client", &["wire", "lock", "segment", "planted"]),
     ("broker", &["wire", "lock", "segment", "planted"]),

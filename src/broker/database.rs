@@ -1,22 +1,22 @@
 //! One database: its identity, its mode, its seats, its locks, its segment.
 
+use super::parking::Own;
+use super::waits::Watch;
 use crate::lock::SeatId;
-use crate::lock::locks::Locks;
-use crate::lock::unused::Unused;
+use crate::lock::queue::{Lane, Queue};
+use crate::lock::table::Table;
+use crate::lock::turn::Turn;
 use crate::segment::gate::Gate;
-use crate::segment::layout::{CONTROL_SIZE, MAX_REGIONS, REGION_SIZE, WAL_INDEX_SIZE};
+use crate::segment::layout::{CONTROL_SIZE, MAX_REGIONS, MAX_SEATS, REGION_SIZE, WAL_INDEX_SIZE};
 use crate::segment::mapping::ControlMap;
 use crate::segment::memfd;
 use crate::segment::wal_index::WalIndex;
-use crate::wire::message::{ConnectionKey, Role};
+use crate::wire::message::Role;
 use memmap2::{MmapOptions, MmapRaw};
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::time::{Instant, SystemTime};
-
-/// Most seats of one database.
-pub const MAX_SEATS: usize = 1024;
 
 /// What makes two paths the same database: never a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -43,15 +43,13 @@ impl Home {
 #[derive(Debug)]
 pub struct Seat {
     pub session: u64,
-    /// The connection of its last lock request.
-    pub connection: ConnectionKey,
     pub role: Role,
     pub sqlite_version: String,
     /// Tells the SQLite libraries of one process apart.
     pub library: u64,
     pub since: SystemTime,
-    /// The thread of its last lock request.
-    pub thread: i32,
+    /// It sends its lock requests.
+    pub socket_lane: bool,
     /// Its last message.
     pub heard: Instant,
     /// The request that waits for an answer.
@@ -65,7 +63,6 @@ pub struct Segment {
     pub wal_index_fd: OwnedFd,
     pub control: ControlMap,
     pub nonce: u64,
-    regions: u32,
     region0: MmapRaw,
 }
 
@@ -84,47 +81,45 @@ impl Segment {
         let nonce = u64::from_ne_bytes(nonce);
         let control = ControlMap::create(&control_fd, nonce)?;
         let region0 = MmapOptions::new().len(REGION_SIZE).map_raw(&wal_index_fd)?;
-        Ok(Segment { control_fd, wal_index_fd, control, nonce, regions: 0, region0 })
+        Ok(Segment { control_fd, wal_index_fd, control, nonce, region0 })
     }
 
-    /// At least `wanted` regions, allocated before they are announced. The broker's own count decides, not the
-    /// one in shared memory.
-    pub fn grow(&mut self, wanted: u32) -> io::Result<u32> {
+    /// At least `wanted` regions, allocated before they are announced. The number in shared memory may be anything:
+    /// a wrong one costs its members memory, or a region.
+    pub fn grow(&self, wanted: u32) -> io::Result<u32> {
+        let have = self.regions();
         if wanted > MAX_REGIONS {
             return Err(io::Error::other("the wal-index has reached its limit"));
         }
-        if wanted > self.regions {
-            let from = self.regions as usize * REGION_SIZE;
+        if wanted > have {
+            let from = have as usize * REGION_SIZE;
             memfd::allocate(&self.wal_index_fd, from, wanted as usize * REGION_SIZE - from)?;
-            self.regions = wanted;
-            self.control.set_regions(wanted);
+            self.control.raise_regions(wanted);
         }
-        Ok(self.regions)
+        Ok(self.regions())
     }
 
     pub fn regions(&self) -> u32 {
-        self.regions
+        self.control.regions().min(MAX_REGIONS)
     }
 
-    /// The next reader recovers the wal-index from the WAL.
-    pub fn invalidate(&self) {
-        // SAFETY: region0 is mapped, page-aligned and lives as long as self.
-        unsafe { WalIndex::new(self.region0.as_mut_ptr()) }.invalidate();
+    pub fn wal_index(&self) -> WalIndex {
+        // SAFETY: region0 is mapped, page-aligned and lives as long as self, which nobody outlives with the value.
+        unsafe { WalIndex::new(self.region0.as_mut_ptr()) }
     }
 }
 
 #[derive(Debug)]
 pub enum State {
-    Gated { gate: Gate, segment: Box<Segment> },
-    Guest { reason: String },
-}
-
-/// See [`super::waits`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Suspect {
-    pub unused: Unused,
-    /// Nanoseconds on a processor; `None`: the kernel does not say.
-    pub ran: Option<u64>,
+    Gated {
+        gate: Gate,
+        segment: Box<Segment>,
+    },
+    /// Only turns are taken here, in the broker's own memory; the locks are the unix VFS's.
+    Guest {
+        reason: String,
+        turns: ControlMap,
+    },
 }
 
 #[derive(Debug)]
@@ -132,15 +127,44 @@ pub struct Database {
     pub identity: Identity,
     pub home: Option<Home>,
     pub state: State,
-    pub locks: Locks,
+    /// The socket lane.
+    pub queue: Queue,
     pub seats: BTreeMap<SeatId, Seat>,
-    /// A seat whose turn is unused, with what its thread had run when that was noticed.
-    pub suspect: Option<Suspect>,
+    pub watch: Watch,
     /// Waits that were ended because they closed a cycle, for `status`.
     pub deadlocks: u64,
+    /// Turns taken back because their seat did not use them, likewise.
+    pub turns_revoked: u64,
+}
+
+fn table(state: &State) -> Table<'_> {
+    let map = match state {
+        State::Gated { segment, .. } => &segment.control,
+        State::Guest { turns, .. } => turns,
+    };
+    match map.control() {
+        Some(control) => Table::of(control),
+        None => unreachable!("the broker maps its own layout"),
+    }
 }
 
 impl Database {
+    pub fn table(&self) -> Table<'_> {
+        table(&self.state)
+    }
+
+    pub fn turn(&self) -> Turn<'_> {
+        Turn { table: self.table(), parking: &Own }
+    }
+
+    pub fn lane(&mut self) -> Lane<'_> {
+        Lane { queue: &mut self.queue, table: table(&self.state), parking: &Own }
+    }
+
+    pub fn is_guest(&self) -> bool {
+        matches!(self.state, State::Guest { .. })
+    }
+
     /// The smallest free seat number.
     pub fn free_seat(&self) -> Option<SeatId> {
         let taken = self.seats.keys().copied();
@@ -156,12 +180,11 @@ impl Database {
 
     /// No transaction is open: nothing but the SHARED lock that a WAL connection keeps for life.
     pub fn is_quiet(&self) -> bool {
-        let t = self.locks.table();
-        let writers = [t.reserved, t.pending, t.exclusive].iter().any(Option::is_some);
-        let slots = self.seats.keys().any(|s| {
-            let holds = t.shared_holds(*s);
-            holds.slots != 0 || t.owned_slots(*s) != 0 || (holds.file && !self.locks.has_wal_index(*s))
+        let t = self.table();
+        let writers = [t.reserved(), t.pending(), t.exclusive()].iter().any(Option::is_some);
+        let holds = self.seats.keys().any(|s| {
+            t.slots_shared(*s) != 0 || t.owned_slots(*s) != 0 || (t.file_shared(*s) && !t.wal_open(*s))
         });
-        !writers && !slots
+        !writers && !holds
     }
 }

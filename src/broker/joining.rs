@@ -3,9 +3,9 @@
 use super::database::{Database, Seat, Segment, State};
 use super::join::{self, Candidate, Refused};
 use super::server::Server;
-use crate::lock::locks::Locks;
 use crate::planted::planted;
 use crate::segment::gate::{self, Conflict, GateError};
+use crate::segment::mapping::ControlMap;
 use crate::wire::message::{FromBroker, Join, Joined, Mode, Refusal, Role, SeatKey};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant, SystemTime};
@@ -105,13 +105,11 @@ impl Server {
         forming.joins.retain(|p| sessions.contains_key(&p.session));
         let Some(first) = forming.joins.first_mut() else { return };
         let state = if first.join.guest {
-            Ok(State::Guest { reason: "asked for (TURNSTILE_MODE=guest)".into() })
+            guest("asked for (TURNSTILE_MODE=guest)")
         } else if first.candidate.role == Role::ReadOnly {
-            Ok(State::Guest { reason: "the first member may only read, and a gate needs a writer".into() })
+            guest("the first member may only read, and a gate needs a writer")
         } else if first.candidate.shm_unseen {
-            Ok(State::Guest {
-                reason: "its -shm file cannot be opened for writing by the first member".into(),
-            })
+            guest("its -shm file cannot be opened for writing by the first member")
         } else {
             match try_gate(&mut first.candidate) {
                 Ok(Some(state)) => Ok(state),
@@ -120,7 +118,7 @@ impl Server {
                     self.forming.push(forming);
                     return;
                 }
-                Ok(None) => Ok(State::Guest { reason: "plain SQLite clients hold the file".into() }),
+                Ok(None) => guest("plain SQLite clients hold the file"),
                 Err(refused) => Err(refused),
             }
         };
@@ -131,7 +129,7 @@ impl Server {
                 }
             }
             Ok(state) => {
-                let number = self.found(&forming.joins[0].candidate, state, now);
+                let number = self.found(&forming.joins[0].candidate, state);
                 for p in forming.joins {
                     let (session, id) = (p.session, p.id);
                     if let Err((why, reason)) = self.take_seat(number, p) {
@@ -143,26 +141,23 @@ impl Server {
         }
     }
 
-    fn found(&mut self, candidate: &Candidate, state: State, now: Instant) -> u32 {
+    fn found(&mut self, candidate: &Candidate, state: State) -> u32 {
         let number = self.next_database;
         self.next_database += 1;
         let mode = match &state {
             State::Gated { .. } => "gated".to_owned(),
-            State::Guest { reason } => format!("guest: {reason}"),
+            State::Guest { reason, .. } => format!("guest: {reason}"),
         };
         tracing::info!(database = number, name = candidate.home.display(), identity = ?candidate.identity, mode, "opened");
-        let locks = match state {
-            State::Gated { .. } => Locks::new(now),
-            State::Guest { .. } => Locks::guest(now),
-        };
         let db = Database {
             identity: candidate.identity,
             home: None,
             state,
-            locks,
+            queue: Default::default(),
             seats: Default::default(),
-            suspect: None,
+            watch: Default::default(),
             deadlocks: 0,
+            turns_revoked: 0,
         };
         self.databases.insert(number, db);
         number
@@ -194,7 +189,7 @@ impl Server {
             return Err((Refusal::UnsafePlace, reason.into()));
         }
         let Some(seat) = db.free_seat() else {
-            let reason = format!("all {} seats are taken", super::database::MAX_SEATS);
+            let reason = format!("all {} seats are taken", crate::segment::layout::MAX_SEATS);
             return Err((Refusal::Exhausted, reason));
         };
         let Some(session) = self.sessions.get_mut(&p.session) else { return Ok(()) };
@@ -222,17 +217,17 @@ impl Server {
             .send(&FromBroker::Joined { id: p.id, joined }, &fds)
             .map_err(|e| (Refusal::Exhausted, format!("cannot pass the segment: {e}")))?;
         session.seats.insert(key);
+        db.table().members.set(seat);
         let unsent = session.has_unsent();
         db.seats.insert(
             seat,
             Seat {
                 session: p.session,
-                connection: 0,
                 role,
                 sqlite_version: super::session::printable(&p.join.sqlite_version),
                 library: p.join.library,
                 since: SystemTime::now(),
-                thread: 0,
+                socket_lane: mode == Mode::Guest || role == Role::ReadOnly,
                 heard: Instant::now(),
                 request: None,
             },
@@ -250,7 +245,7 @@ impl Server {
             s.seats.remove(&key);
         }
         if let Some(db) = self.databases.get_mut(&key.database) {
-            db.locks.remove(key.seat);
+            db.lane().remove(key.seat);
             db.seats.remove(&key.seat);
         }
         self.drop_if_empty(key.database);
@@ -267,6 +262,11 @@ impl Server {
             }
         }
     }
+}
+
+fn guest(reason: &str) -> Result<State, Refused> {
+    let turns = ControlMap::private().map_err(|e| (Refusal::Exhausted, format!("no memory: {e}")))?;
+    Ok(State::Guest { reason: reason.into(), turns })
 }
 
 fn read_only_segment(segment: &Segment) -> std::io::Result<[OwnedFd; 2]> {

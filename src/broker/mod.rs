@@ -14,6 +14,7 @@ pub mod join;
 pub mod joining;
 pub mod listen;
 pub mod liveness;
+pub mod parking;
 pub mod report;
 pub mod requests;
 pub mod server;

@@ -2,10 +2,13 @@
 
 use super::database::{Database, State};
 use super::server::Server;
+use crate::lock::seat::WaitsFor;
+use crate::segment::atomic::SeqCst;
+use crate::segment::futex;
 use crate::wire::MAX_PACKET;
 use crate::wire::message::{FromBroker, Role};
 use serde::Serialize;
-use std::time::{Instant, UNIX_EPOCH};
+use std::time::UNIX_EPOCH;
 
 #[derive(Serialize)]
 struct Report {
@@ -34,6 +37,10 @@ struct DatabaseReport {
     line: Vec<WaitReport>,
     turns_revoked: u64,
     deadlocks: u64,
+    /// How often the line for the turn was found standing still: never, if turnstile has no bug.
+    lines_stuck: u32,
+    /// How often the first in the line did not come for its turn and was put behind the others.
+    passed_over: u32,
 }
 
 #[derive(Serialize)]
@@ -44,6 +51,8 @@ struct MemberReport {
     uid: u32,
     container: Option<String>,
     role: &'static str,
+    /// How its lock requests travel: "fast" or "socket".
+    lane: &'static str,
     sqlite: String,
     /// Seconds since 1970.
     since: u64,
@@ -101,9 +110,19 @@ impl Server {
         };
         let (mode, reason) = match &db.state {
             State::Gated { .. } => ("gated", None),
-            State::Guest { reason } => ("guest", Some(reason.clone())),
+            State::Guest { reason, .. } => ("guest", Some(reason.clone())),
         };
-        let now = Instant::now();
+        let holder = db.turn().load().holder().filter(|seat| db.seats.contains_key(seat));
+        let mut waiting: Vec<(u64, u32, WaitsFor)> = db
+            .seats
+            .keys()
+            .filter_map(|seat| {
+                let words = db.table().seat(*seat)?;
+                Some((words.since.load(SeqCst), *seat, WaitsFor::from_code(words.waiting.load(SeqCst))?))
+            })
+            .collect();
+        waiting.sort_unstable_by_key(|(since, seat, _)| (*since, *seat));
+        let counters = &db.table().words.counters.0;
         DatabaseReport {
             name: db.home.as_ref().map(|h| h.display()),
             device: db.identity.device,
@@ -111,26 +130,22 @@ impl Server {
             mode,
             reason,
             members: db.seats.iter().map(|(n, s)| self.member(*n, s)).collect(),
-            turn: db.locks.turn().holder().map(|h| {
-                let (pid, program) = who(h.seat);
-                TurnReport {
-                    seat: h.seat,
-                    pid,
-                    program,
-                    held_ms: now.duration_since(h.since).as_millis() as u64,
-                }
+            turn: holder.map(|seat| {
+                let (pid, program) = who(seat);
+                TurnReport { seat, pid, program, held_ms: db.turn_held_ms(seat) }
             }),
-            line: db
-                .locks
-                .waiting()
-                .map(|(seat, ask, since)| {
+            line: waiting
+                .into_iter()
+                .map(|(since, seat, what)| {
                     let (pid, program) = who(seat);
-                    let waited_ms = now.duration_since(since).as_millis() as u64;
-                    WaitReport { seat, pid, program, waits_for: ask.describe().into(), waited_ms }
+                    let waited_ms = futex::coarse_millis().saturating_sub(since);
+                    WaitReport { seat, pid, program, waits_for: what.describe().into(), waited_ms }
                 })
                 .collect(),
-            turns_revoked: db.locks.turns_revoked,
+            turns_revoked: db.turns_revoked,
             deadlocks: db.deadlocks,
+            lines_stuck: counters[0].load(SeqCst),
+            passed_over: counters[1].load(SeqCst),
         }
     }
 
@@ -146,6 +161,7 @@ impl Server {
                 Role::ReadWrite => "read-write",
                 Role::ReadOnly => "read-only",
             },
+            lane: if s.socket_lane { "socket" } else { "fast" },
             sqlite: s.sqlite_version.clone(),
             since: s.since.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
         }

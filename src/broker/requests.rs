@@ -3,6 +3,8 @@
 use super::database::State;
 use super::server::Server;
 use super::session::Stage;
+use crate::lock::queue::Lane;
+use crate::lock::seat::begins_transaction;
 use crate::lock::{Ask, FileLevel, Request, Verdict};
 use crate::wire::message::{FromBroker, Hello, PROTOCOL_MAGIC, PROTOCOL_VERSION, Role, SeatKey, ToBroker};
 use crate::wire::socket::Packet;
@@ -62,13 +64,13 @@ impl Server {
     }
 
     /// Lock requests and cancellations, in the order in which they were read.
-    pub(super) fn answer_requests(&mut self, now: Instant) {
+    pub(super) fn answer_requests(&mut self) {
         for (id, request) in std::mem::take(&mut self.requests) {
             if self.sessions.get(&id).is_none_or(|s| s.stage != Stage::Open) {
                 continue;
             }
             // What has been given back may be wanted by somebody who came before.
-            self.settle_all(now);
+            self.settle_all();
             if let Err(reason) = self.message(id, request) {
                 self.end_session(id, &reason);
             }
@@ -76,41 +78,56 @@ impl Server {
     }
 
     fn message(&mut self, id: u64, message: ToBroker) -> Result<(), String> {
-        let now = Instant::now();
         match message {
             ToBroker::Lock { id: request, seat, ask, connection, thread } => {
                 self.own(id, seat)?;
-                self.lock(id, request, seat, ask, (connection, thread), now)
+                self.lock(id, request, seat, ask, (connection, thread as u32))
             }
             ToBroker::Cancel { seat } => {
                 self.own(id, seat)?;
-                self.end_wait(seat, now, false);
+                self.end_wait(seat, false);
                 Ok(())
             }
             ToBroker::Unlock { seat, release } => {
                 self.own(id, seat)?;
-                self.locks(seat)?.release(seat.seat, release, now);
+                self.lane(seat)?.release(seat.seat, release);
                 Ok(())
             }
             ToBroker::CheckReserved { id: request, seat } => {
                 self.own(id, seat)?;
-                let by_other = self.locks(seat)?.reserved_by_other(seat.seat);
+                let by_other = self.lane(seat)?.with(seat.seat, |s| s.reserved_by_other());
                 self.send(id, &FromBroker::Reserved { id: request, by_other });
                 Ok(())
             }
             ToBroker::JournalClear { seat } => {
                 self.own(id, seat)?;
-                self.locks(seat)?.journal_is_clear(seat.seat);
+                self.lane(seat)?.with(seat.seat, |s| s.journal_is_clear());
                 Ok(())
             }
             ToBroker::TurnUsed { seat } => {
                 self.own(id, seat)?;
-                self.locks(seat)?.turn_is_used(seat.seat);
+                self.lane(seat)?.turn_is_used(seat.seat);
+                Ok(())
+            }
+            ToBroker::Waiting { seat } => {
+                self.own(id, seat)?;
+                if let Some(db) = self.databases.get_mut(&seat.database) {
+                    db.watch.watched = true;
+                }
+                self.look_for_cycle(seat, Instant::now());
+                Ok(())
+            }
+            // What it is about is looked at in each turn of the loop.
+            ToBroker::Kick { .. } => Ok(()),
+            ToBroker::AskBlocker { id: request, seat } => {
+                self.own(id, seat)?;
+                let blocker = self.blocker_of(seat);
+                self.send(id, &FromBroker::Blocker { id: request, blocker });
                 Ok(())
             }
             ToBroker::OpenWalIndex { id: request, seat } => {
                 self.own(id, seat)?;
-                self.open_wal_index(id, request, seat, now);
+                self.open_wal_index(id, request, seat);
                 Ok(())
             }
             ToBroker::GrowWalIndex { id: request, seat, regions } => {
@@ -120,7 +137,7 @@ impl Server {
             }
             ToBroker::CloseWalIndex { seat } => {
                 self.own(id, seat)?;
-                self.locks(seat)?.close_wal_index(seat.seat);
+                self.lane(seat)?.with(seat.seat, |s| s.close_wal_index());
                 Ok(())
             }
             ToBroker::Leave { id: request, seat } => {
@@ -155,8 +172,8 @@ impl Server {
         }
     }
 
-    fn locks(&mut self, key: SeatKey) -> Result<&mut crate::lock::locks::Locks, String> {
-        self.databases.get_mut(&key.database).map(|d| &mut d.locks).ok_or_else(|| "no such database".into())
+    fn lane(&mut self, key: SeatKey) -> Result<Lane<'_>, String> {
+        self.databases.get_mut(&key.database).map(|d| d.lane()).ok_or_else(|| "no such database".into())
     }
 
     fn lock(
@@ -165,8 +182,7 @@ impl Server {
         request: u64,
         key: SeatKey,
         ask: Ask,
-        (connection, thread): (u64, i32),
-        now: Instant,
+        asker: (u64, u32),
     ) -> Result<(), String> {
         let stopping = self.stopping.is_some();
         let db = self.databases.get_mut(&key.database).ok_or("no such database")?;
@@ -179,30 +195,28 @@ impl Server {
             self.answer(session, request, Verdict::Busy, false, None);
             return Ok(());
         }
-        seat.thread = thread;
-        seat.connection = connection;
-        let connection = (session, seat.connection);
-        // A transaction that is open may still ask for a read slot: walRestartLog takes one inside its commit.
-        let in_transaction = db.locks.table().owned_slots(key.seat) != 0 || db.locks.turn().held_by(key.seat);
-        let begins = !in_transaction
-            && (matches!(ask.request, Request::File { level: FileLevel::Shared, .. })
-                || matches!(ask.request, Request::ShmShared(s) if s.is_one_read()));
-        let verdict = match stopping && begins {
+        seat.socket_lane = true;
+        let mut lane = db.lane();
+        let verdict = match stopping && lane.with(key.seat, |seat| begins_transaction(seat, ask)) {
             true => Some(Verdict::Busy), // no new transactions while the broker stops
-            false => db.locks.submit(key.seat, ask, now),
+            false => lane.submit(key.seat, ask, asker),
         };
-        if verdict.is_none() {
-            seat.request = Some(request);
-        }
         if verdict == Some(Verdict::Busy) {
-            let holder = db.locks.turn().holder();
-            tracing::debug!(database = key.database, seat = key.seat, ?ask, ?holder, "busy");
+            let turn = db.turn().load();
+            tracing::debug!(database = key.database, seat = key.seat, ?ask, ?turn, "busy");
         }
-        self.leave_other_turns(connection, key);
-        match verdict {
-            Some(verdict) => self.answer(session, request, verdict, false, None),
-            None => self.break_cycle(key, now),
-        }
+        self.leave_other_turns((session, asker.0), key);
+        let Some(verdict) = verdict else {
+            if let Some(db) = self.databases.get_mut(&key.database) {
+                db.watch.watched = true;
+                if let Some(seat) = db.seats.get_mut(&key.seat) {
+                    seat.request = Some(request);
+                }
+            }
+            self.look_for_cycle(key, Instant::now());
+            return Ok(());
+        };
+        self.answer(session, request, verdict, false, None);
         Ok(())
     }
 
@@ -220,23 +234,28 @@ impl Server {
     /// The connection asks for a lock on another file: its statement does not write the files where its turn
     /// was taken ahead and nothing followed.
     fn leave_other_turns(&mut self, connection: (u64, u64), here: SeatKey) {
-        for (number, db) in &mut self.databases {
-            if *number == here.database {
+        let mut left = Vec::new();
+        for (number, db) in &self.databases {
+            let Some(holder) = db.turn().load().holder().filter(|_| *number != here.database) else {
                 continue;
+            };
+            let key = SeatKey { database: *number, seat: holder };
+            if self.connection_of(key) == Some(connection) {
+                left.push(key);
             }
-            let Some(holder) = db.locks.turn().holder() else { continue };
-            let same = db.seats.get(&holder.seat).is_some_and(|s| (s.session, s.connection) == connection);
-            if same {
-                db.locks.went_elsewhere(holder.seat);
+        }
+        for key in left {
+            if let Ok(mut lane) = self.lane(key) {
+                lane.with(key.seat, |seat| seat.went_elsewhere());
             }
         }
     }
 
     /// Answers every waiting request that can be answered now.
-    pub(super) fn settle_all(&mut self, now: Instant) {
+    pub(super) fn settle_all(&mut self) {
         let mut answers = Vec::new();
         for db in self.databases.values_mut() {
-            for (seat, verdict) in db.locks.settle(now) {
+            for (seat, verdict) in db.lane().settle() {
                 let Some(seat) = db.seats.get_mut(&seat) else { continue };
                 if let Some(request) = seat.request.take() {
                     answers.push((seat.session, request, verdict));
@@ -248,16 +267,27 @@ impl Server {
         }
     }
 
-    fn open_wal_index(&mut self, session: u64, request: u64, key: SeatKey, now: Instant) {
+    fn open_wal_index(&mut self, session: u64, request: u64, key: SeatKey) {
         let mut answer = FromBroker::WalIndex { id: request, regions: 0, ok: false };
         if let Some(db) = self.databases.get_mut(&key.database)
-            && let State::Gated { segment, .. } = &mut db.state
+            && let State::Gated { segment, .. } = &db.state
         {
-            let alone = db.locks.open_wal_index(key.seat, now);
-            if alone && !crate::planted::planted("stale-wal-index") {
-                segment.invalidate();
-            }
-            answer = FromBroker::WalIndex { id: request, regions: segment.regions(), ok: true };
+            let regions = segment.regions();
+            let index = segment.wal_index();
+            let alone = || {
+                if !crate::planted::planted("stale-wal-index") {
+                    index.invalidate()
+                }
+            };
+            // Whoever is opening it at this moment needs no more than that.
+            let opened = (0..1000).any(|_| {
+                let opened = db.lane().with(key.seat, |seat| seat.open_wal_index(alone));
+                if !opened {
+                    std::thread::yield_now();
+                }
+                opened
+            });
+            answer = FromBroker::WalIndex { id: request, regions, ok: opened };
         }
         self.send(session, &answer);
     }
@@ -266,7 +296,7 @@ impl Server {
         let mut answer = FromBroker::WalIndex { id: request, regions: 0, ok: false };
         if let Some(db) = self.databases.get_mut(&key.database)
             && db.seats.get(&key.seat).is_some_and(|s| s.role == Role::ReadWrite)
-            && let State::Gated { segment, .. } = &mut db.state
+            && let State::Gated { segment, .. } = &db.state
         {
             // wal.c extends region by region; more at once would only be memory.
             let next = segment.regions() + 1;

@@ -5,7 +5,7 @@ use super::joining::Forming;
 use super::listen::{ListenError, Listener};
 use super::liveness;
 use super::session::{Session, Stage};
-use super::waits::SUSPECT_TICK;
+use super::waits::{Cycle, WATCH_TICK};
 use crate::wire::message::{FromBroker, HelloAnswer, PROTOCOL_MAGIC, PROTOCOL_VERSION, ToBroker};
 use crate::wire::socket;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -65,6 +65,7 @@ pub struct Server {
     pub(super) forming: Vec<Forming>,
     /// Lock requests and cancellations that have been read and not yet looked at.
     pub(super) requests: Vec<(u64, ToBroker)>,
+    pub(super) cycles: Vec<Cycle>,
     pub(super) next_session: u64,
     pub(super) next_database: u32,
     pub(super) started: Instant,
@@ -102,6 +103,7 @@ pub fn serve(options: Options) -> Result<(), ServeError> {
         databases: BTreeMap::new(),
         forming: Vec::new(),
         requests: Vec::new(),
+        cycles: Vec::new(),
         next_session: 1,
         next_database: 1,
         started: now,
@@ -136,15 +138,16 @@ impl Server {
                 // first, or a program that was told of a commit would meet a BUSY out of the past.
                 let n = self.epoll.wait(&mut events, EpollTimeout::ZERO).unwrap_or(0);
                 self.dispatch(&events[..n], signals);
-                self.answer_requests(Instant::now());
+                self.answer_requests();
             }
             let now = Instant::now();
             self.try_forming(now);
-            self.judge_suspects(now);
-            self.settle_all(now);
+            self.watch(now);
+            self.settle_all();
             if now.duration_since(self.last_tick) >= TICK {
                 self.last_tick = now;
                 self.tick(now);
+                self.settle_all();
             }
             if self.may_exit(now) {
                 return Ok(());
@@ -166,13 +169,13 @@ impl Server {
     fn timeout(&self, now: Instant) -> EpollTimeout {
         let mut due: Option<Instant> = None;
         let mut at = |t: Instant| due = Some(due.map_or(t, |d| d.min(t)));
-        for db in self.databases.values() {
-            db.locks.next_deadline().map(|t| if t > now { t } else { now + SUSPECT_TICK }).map(&mut at);
+        let anybody_waits = self.databases.values().any(|d| d.watch.watched);
+        if anybody_waits {
+            at(now + WATCH_TICK);
         }
         if let Some(first) = self.forming.first() {
             at(first.next_try);
         }
-        let anybody_waits = self.databases.values().any(|d| d.locks.waiting().next().is_some());
         let anybody_silent = self.sessions.values().any(|s| s.stage == Stage::Silent);
         if anybody_waits || anybody_silent || self.deaf || self.stopping.is_some() {
             at(self.last_tick + TICK);

@@ -67,7 +67,7 @@ impl Session {
     /// could ever prove its death.
     pub fn introduce(&mut self, who: Introduction, liveness: OwnedFd) -> Result<(), String> {
         // A memfd, and nothing whose filesystem could keep us waiting at each look.
-        if !memfd::is_sealed(&liveness, LIVENESS_SIZE) {
+        if !memfd::is_sealed_to(&liveness, LIVENESS_SIZE) {
             return Err("the liveness descriptor is not a sealed memfd".into());
         }
         if self.peer.pidfd.is_none() {

@@ -16,6 +16,11 @@ impl Server {
                 self.stopping = Some(Instant::now() - STOP_GRACE);
             } else {
                 tracing::info!("stopping: waiting for open transactions");
+                for db in self.databases.values() {
+                    if let State::Gated { segment, .. } = &db.state {
+                        segment.control.stop();
+                    }
+                }
                 self.listener.unlink();
             }
         }
@@ -50,9 +55,12 @@ impl Server {
     /// kernel opens it when they end.
     fn let_everything_go(&mut self) {
         for (_, db) in std::mem::take(&mut self.databases) {
-            let quiet = db.is_quiet();
-            if let State::Gated { gate, segment } = db.state {
+            if let State::Gated { segment, .. } = &db.state {
                 segment.control.poison();
+            }
+            // After it: a member that takes a lock from now on looks and sees the poison.
+            let quiet = db.is_quiet();
+            if let State::Gated { gate, .. } = db.state {
                 if quiet {
                     gate.open();
                 } else {

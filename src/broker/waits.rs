@@ -1,56 +1,142 @@
-//! Waits that would never end are ended: cycles, and turns that nobody uses.
+//! Waits that would never end are ended: cycles, turns that nobody uses, a line that stands still.
 
-use super::database::Suspect;
+use super::database::Database;
 use super::server::Server;
-use crate::lock::Verdict;
+use crate::lock::queue::blockers;
+use crate::lock::turn::Word;
+use crate::lock::unused::{Unused, unused, uses};
+use crate::lock::{SeatId, Verdict};
+use crate::segment::atomic::SeqCst;
+use crate::segment::futex;
+use crate::segment::layout::PARKED;
 use crate::wire::message::{Blocker, SeatKey};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 /// How far a chain of waits is followed; a longer cycle ends at its waiters' limits.
 const CYCLE_STEPS: usize = 4096;
-/// How often a suspect is looked at.
-pub const SUSPECT_TICK: Duration = Duration::from_millis(4);
+/// A cycle that looks the same for so long is one.
+const CYCLE_STANDS: Duration = Duration::from_millis(12);
+/// How often a database is looked at in which somebody waits.
+pub const WATCH_TICK: Duration = Duration::from_millis(4);
 /// Nanoseconds that a suspect may run without asking for its next lock (a statement may be prepared anew in it).
 const SUSPECT_RAN: u64 = 8_000_000;
 /// A suspect that sleeps (a page read from a slow disk, wal.c between two tries, a stopped process) is given this
 /// long.
 const SUSPECT_LIMIT: Duration = Duration::from_millis(200);
 const IDLE_SUSPECT_LIMIT: Duration = Duration::from_millis(50);
+/// A turn that is nobody's and that the first in the line does not take: it is woken again.
+const STILL: Duration = Duration::from_millis(8);
+/// Then it is somewhere else (a stopped process): the next one's.
+const ABSENT: Duration = Duration::from_millis(50);
+
+/// A cycle of waits, as it was first seen.
+pub struct Cycle {
+    start: SeatKey,
+    path: Vec<(SeatKey, u64)>,
+    seen: Instant,
+}
+
+/// What has been seen of a database in which somebody waits.
+#[derive(Debug, Default)]
+pub struct Watch {
+    /// Somebody has said that it waits.
+    pub watched: bool,
+    /// A turn that is not in use, and since when it looks like that.
+    unused: Option<(Unused, Instant)>,
+    /// Nanoseconds that its thread had been on a processor when it became suspect; `None` inside: the kernel does
+    /// not say.
+    ran: Option<Option<u64>>,
+    /// A turn that is nobody's although somebody waits.
+    still: Option<(Word, Instant, bool)>,
+}
 
 impl Server {
-    /// Takes unused turns back from threads that have been running, not from those that wait for a processor:
-    /// on a busy machine a thread may be kept from its next instruction for longer than any fixed limit that
-    /// the writers behind it would accept.
-    pub(super) fn judge_suspects(&mut self, now: Instant) {
-        for db in self.databases.values_mut() {
-            let Some(unused) = db.locks.suspect(now) else {
-                db.suspect = None;
-                continue;
-            };
-            let Some(seat) = db.seats.get(&unused.seat) else { continue };
-            let ran =
-                self.sessions.get(&seat.session).and_then(|s| time_on_processor(s.peer.pid, seat.thread));
-            let Some(first) = db.suspect.filter(|s| s.unused == unused) else {
-                db.suspect = Some(Suspect { unused, ran });
-                continue;
-            };
-            let limit = if unused.idle { IDLE_SUSPECT_LIMIT } else { SUSPECT_LIMIT };
-            let moved_on = match (first.ran, ran) {
-                (Some(before), Some(after)) => after.saturating_sub(before) >= SUSPECT_RAN,
-                _ => true, // the kernel does not say: by the clock alone
-            };
-            if moved_on || now.duration_since(unused.since) >= limit {
-                tracing::debug!(seat = unused.seat, "turn taken back: no write lock followed");
-                db.locks.revoke(unused.seat);
-                db.suspect = None;
+    /// Looks at every database in which somebody waits.
+    pub(super) fn watch(&mut self, now: Instant) {
+        self.break_cycles(now);
+        let watched: Vec<u32> =
+            self.databases.iter().filter(|(_, d)| d.watch.watched).map(|(n, _)| *n).collect();
+        for number in watched {
+            self.judge_holder(number, now);
+            let Some(db) = self.databases.get_mut(&number) else { continue };
+            keep_line_moving(db, now);
+            let waits = |seat: &SeatId| db.table().seat(*seat).is_some_and(|w| w.waiting.load(SeqCst) != 0);
+            if !db.seats.keys().any(waits) {
+                db.watch = Watch::default();
             }
         }
     }
 
-    /// The seat has just begun to wait. If that closes a cycle, it is the youngest waiter of it, and yields.
-    pub(super) fn break_cycle(&mut self, key: SeatKey, now: Instant) {
-        if !crate::planted::planted("cycles-wait") && self.closes_cycle(key) {
+    /// Takes unused turns back from threads that have been running, not from those that wait for a processor:
+    /// on a busy machine a thread may be kept from its next instruction for longer than any fixed limit that
+    /// the writers behind it would accept.
+    fn judge_holder(&mut self, number: u32, now: Instant) {
+        let Some(db) = self.databases.get_mut(&number) else { return };
+        let seen = unused(db.turn(), db.is_guest(), |seat| db.queue.is_used(seat));
+        let Some(seen) = seen else {
+            (db.watch.unused, db.watch.ran) = (None, None);
+            return;
+        };
+        let since = match db.watch.unused {
+            Some((before, since)) if before == seen => since,
+            _ => {
+                (db.watch.unused, db.watch.ran) = (Some((seen, now)), None);
+                return;
+            }
+        };
+        if now.duration_since(since) < seen.patience() {
+            return;
+        }
+        let Some(seat) = db.seats.get(&seen.seat) else { return };
+        let pid = self.sessions.get(&seat.session).map_or(0, |s| s.peer.pid);
+        let ran = time_on_processor(pid, seen.thread);
+        let Some(first) = db.watch.ran else {
+            db.watch.ran = Some(ran);
+            return;
+        };
+        let limit = if seen.idle { IDLE_SUSPECT_LIMIT } else { SUSPECT_LIMIT };
+        let moved_on = match (first, ran) {
+            (Some(before), Some(after)) => after.saturating_sub(before) >= SUSPECT_RAN,
+            _ => true, // the kernel does not say: by the clock alone
+        } || seen.guessed;
+        if moved_on || now.duration_since(since) >= limit {
+            let turn = db.turn();
+            // It may have ended that turn and taken another since it was looked at.
+            let same = || unused(turn, db.is_guest(), |seat| db.queue.is_used(seat)) == Some(seen);
+            if turn.revoke(seen.seat, || uses(turn, seen.seat) || !same()) {
+                tracing::debug!(seat = seen.seat, "turn taken back: no write lock followed");
+                db.turns_revoked += 1;
+            }
+            (db.watch.unused, db.watch.ran) = (None, None);
+        }
+    }
+
+    /// The seat has begun to wait. If that closes a cycle, it is the youngest waiter of it, and will yield.
+    pub(super) fn look_for_cycle(&mut self, start: SeatKey, now: Instant) {
+        if !crate::planted::planted("cycles-wait")
+            && let Some(path) = self.cycle(start)
+        {
+            self.cycles.push(Cycle { start, path, seen: now });
+        }
+    }
+
+    /// Ends the cycles that have stood still. What is read in the segments changes while it is read: a holder that
+    /// has just given its turn to a waiter and waits itself looks like a cycle, for a moment.
+    fn break_cycles(&mut self, now: Instant) {
+        for cycle in std::mem::take(&mut self.cycles) {
+            if self.cycle(cycle.start).as_ref() != Some(&cycle.path) {
+                continue;
+            }
+            // The youngest yields; the others were seen waiting when it was looked at.
+            let mine = (self.stamp(cycle.start), cycle.start);
+            let youngest = cycle.path.iter().skip(1).all(|(key, since)| (*since, *key) <= mine);
+            let stands = if youngest { CYCLE_STANDS } else { 4 * CYCLE_STANDS };
+            if now.duration_since(cycle.seen) < stands {
+                self.cycles.push(cycle);
+                continue;
+            }
+            let key = cycle.start;
             if let Some(blocker) = self.blocker_of(key) {
                 tracing::warn!(
                     database = key.database,
@@ -63,51 +149,67 @@ impl Server {
             if let Some(db) = self.databases.get_mut(&key.database) {
                 db.deadlocks += 1;
             }
-            self.end_wait(key, now, true);
+            self.end_wait(key, true);
         }
     }
 
-    fn closes_cycle(&self, start: SeatKey) -> bool {
-        let Some(mine) = self.connection_of(start) else { return false };
-        let mut todo = self.blockers(start);
-        if todo.iter().any(|b| self.connection_of(*b) == Some(mine)) {
-            return true;
-        }
+    /// A cycle of waits through `start`: who waits for whom, each with what changes when it moves on.
+    fn cycle(&self, start: SeatKey) -> Option<Vec<(SeatKey, u64)>> {
+        let mine = self.connection_of(start)?;
         // Only a connection that has another seat can be waited for through a cycle of more than one.
         let mut waiting: BTreeMap<(u64, u64), Vec<SeatKey>> = BTreeMap::new();
         for (number, db) in &self.databases {
-            for (seat, _, _) in db.locks.waiting() {
+            let waits = |s: &&SeatId| db.table().seat(**s).is_some_and(|w| w.waiting.load(SeqCst) != 0);
+            for seat in db.seats.keys().filter(waits).copied() {
                 let waiter = SeatKey { database: *number, seat };
                 if let Some(connection) = self.connection_of(waiter) {
                     waiting.entry(connection).or_default().push(waiter);
                 }
             }
         }
-        let mut steps = 0;
-        while let Some(blocker) = todo.pop() {
-            let Some(connection) = self.connection_of(blocker) else { continue };
-            if connection == mine {
-                return true;
+        // Waiters and blockers in turn, each with the one that led to it.
+        let mut steps: Vec<(SeatKey, usize)> = vec![(start, 0)];
+        let mut next = 0;
+        while next < steps.len().min(CYCLE_STEPS) {
+            let waiter = steps[next].0;
+            for blocker in self.blockers(waiter) {
+                let Some(connection) = self.connection_of(blocker) else { continue };
+                if connection == mine {
+                    let mut path = vec![(blocker, self.stamp(blocker))];
+                    let mut step = next;
+                    while step != 0 {
+                        path.push((steps[step].0, self.stamp(steps[step].0)));
+                        step = steps[step].1;
+                    }
+                    path.push((start, self.stamp(start)));
+                    return Some(path);
+                }
+                // Each waiting connection is followed once.
+                for other in waiting.remove(&connection).unwrap_or_default() {
+                    steps.push((other, next));
+                }
             }
-            // Each waiting connection is followed once.
-            for waiter in waiting.remove(&connection).unwrap_or_default() {
-                todo.extend(self.blockers(waiter));
-            }
-            steps += 1;
-            if steps > CYCLE_STEPS {
-                return false;
-            }
+            next += 1;
         }
-        false
+        None
     }
 
-    fn connection_of(&self, key: SeatKey) -> Option<(u64, u64)> {
-        let seat = self.databases.get(&key.database)?.seats.get(&key.seat)?;
-        Some((seat.session, seat.connection))
+    /// When the seat's wait began.
+    fn stamp(&self, key: SeatKey) -> u64 {
+        let words = self.databases.get(&key.database).and_then(|d| d.table().seat(key.seat));
+        words.map_or(0, |w| w.since.load(SeqCst))
+    }
+
+    /// The connection behind a seat: its session, and what it calls itself there.
+    pub(super) fn connection_of(&self, key: SeatKey) -> Option<(u64, u64)> {
+        let db = self.databases.get(&key.database)?;
+        let connection = db.table().seat(key.seat)?.connection.load(SeqCst);
+        Some((db.seats.get(&key.seat)?.session, connection))
     }
 
     fn blockers(&self, key: SeatKey) -> Vec<SeatKey> {
-        let seats = self.databases.get(&key.database).map(|d| d.locks.blockers(key.seat)).unwrap_or_default();
+        let seats =
+            self.databases.get(&key.database).map(|d| blockers(d.turn(), key.seat)).unwrap_or_default();
         seats.into_iter().map(|seat| SeatKey { database: key.database, seat }).collect()
     }
 
@@ -117,24 +219,30 @@ impl Server {
         let db = self.databases.get(&blocker.database)?;
         let seat = db.seats.get(&blocker.seat)?;
         let session = self.sessions.get(&seat.session)?;
-        let held = match db.locks.turn().holder().filter(|h| h.seat == blocker.seat) {
-            Some(h) => h.since.elapsed(),
-            None => seat.since.elapsed().unwrap_or_default(),
+        let held_ms = match db.turn().load().holder() == Some(blocker.seat) {
+            true => db.turn_held_ms(blocker.seat),
+            false => seat.since.elapsed().unwrap_or_default().as_millis() as u64,
         };
         Some(Blocker {
             pid: session.pid(),
             program: session.who.program.clone(),
             container: session.who.container.clone(),
-            held_ms: held.as_millis() as u64,
+            held_ms,
         })
     }
 
-    /// Ends a wait: the request is answered without waiting.
-    pub(super) fn end_wait(&mut self, key: SeatKey, now: Instant, deadlock: bool) {
+    /// Ends a wait: the request is answered without waiting. A seat on the fast lane is told to do so.
+    pub(super) fn end_wait(&mut self, key: SeatKey, deadlock: bool) {
         let blocker = self.blocker_of(key);
         let Some(db) = self.databases.get_mut(&key.database) else { return };
-        // None: it was answered before the cancellation arrived.
-        let Some(verdict) = db.locks.give_up(key.seat, now) else { return };
+        if !db.lane().is_waiting(key.seat) {
+            if deadlock && let Some(words) = db.table().seat(key.seat) {
+                words.ended.store(1, SeqCst);
+                db.turn().wake(key.seat);
+            }
+            return; // or it was answered before the cancellation arrived
+        }
+        let Some(verdict) = db.lane().give_up(key.seat) else { return };
         let Some(seat) = db.seats.get_mut(&key.seat) else { return };
         if let Some(request) = seat.request.take() {
             let session = seat.session;
@@ -144,9 +252,51 @@ impl Server {
     }
 }
 
+impl Database {
+    /// How long the seat has had the turn, in milliseconds, as the seat says.
+    pub fn turn_held_ms(&self, seat: SeatId) -> u64 {
+        let since = self.table().seat(seat).map_or(0, |w| w.turn_since.load(SeqCst));
+        futex::coarse_millis().saturating_sub(since)
+    }
+}
+
+/// A turn that is nobody's while somebody waits has been left by one who should have woken the first in the line, or
+/// the first in the line does not come.
+fn keep_line_moving(db: &mut Database, now: Instant) {
+    let turn = db.turn();
+    let word = turn.load();
+    let first = turn.first().filter(|_| word.holder().is_none());
+    let Some(seat) = first.map(|(_, seat)| word.offered_to().unwrap_or(seat)) else {
+        db.watch.still = None;
+        return;
+    };
+    let (since, kicked) = match db.watch.still {
+        Some((before, since, kicked)) if before == word => (since, kicked),
+        _ => {
+            db.watch.still = Some((word, now, false));
+            return;
+        }
+    };
+    let still = now.duration_since(since);
+    if still >= ABSENT {
+        turn.pass_over(seat);
+        let counters = &turn.table.words.counters.0;
+        counters[1].fetch_add(1, SeqCst);
+        db.watch.still = None;
+    } else if still >= STILL && !kicked {
+        let asleep = turn.table.seat(seat).is_some_and(|w| w.park.load(SeqCst) == PARKED);
+        if asleep {
+            turn.table.words.counters.0[0].fetch_add(1, SeqCst);
+            tracing::error!(seat, "the line stood still: its first was asleep beside a free turn");
+        }
+        turn.kick();
+        db.watch.still = Some((word, since, true));
+    }
+}
+
 /// Nanoseconds that a thread has spent on a processor (`/proc/PID/task/TID/schedstat`, first field). A thread of
 /// another pid namespace has another number here and is not found.
-fn time_on_processor(pid: i32, thread: i32) -> Option<u64> {
+fn time_on_processor(pid: i32, thread: u32) -> Option<u64> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/task/{thread}/schedstat")).ok()?;
     text.split(' ').next()?.parse().ok()
 }

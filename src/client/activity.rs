@@ -6,8 +6,7 @@
 
 use super::fork::PerProcess;
 use crate::lock::{Ask, FileLevel, Request};
-use once_cell::sync::Lazy;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -18,7 +17,6 @@ const OWN_THREAD_PATIENCE: Duration = Duration::from_millis(60);
 /// of its pool waiting for it.
 const OWN_PROCESS_PATIENCE: Duration = Duration::from_secs(5);
 
-static START: Lazy<Instant> = Lazy::new(Instant::now);
 static OPEN: PerProcess<Mutex<Vec<Weak<Shared>>>> = PerProcess::new();
 
 thread_local! {
@@ -33,12 +31,13 @@ fn this_thread() -> usize {
 #[derive(Debug, Default)]
 struct Shared {
     database: Option<u32>,
-    /// Calls into the VFS that are running.
-    calls: AtomicUsize,
+    /// Calls into the VFS that are running. One thread at a time drives a connection, so this and the next are
+    /// changed without read-modify-write.
+    running: AtomicUsize,
+    /// Calls that have begun.
+    calls: AtomicU64,
     /// The thread of the last call.
     thread: AtomicUsize,
-    /// When the last call ended, in milliseconds of [`START`].
-    ended: AtomicU64,
     /// It has the turn or a write lock.
     writes: AtomicBool,
     /// It has a SHARED lock that keeps a writer from the file.
@@ -61,46 +60,53 @@ impl Activity {
 
     /// A call into the VFS begins.
     pub fn enter(&self) {
-        self.0.calls.fetch_add(1, Ordering::Relaxed);
-        self.0.thread.store(this_thread(), Ordering::Relaxed);
+        self.0.running.store(self.0.running.load(Relaxed) + 1, Relaxed);
+        self.0.calls.store(self.0.calls.load(Relaxed) + 1, Relaxed);
+        self.0.thread.store(this_thread(), Relaxed);
     }
 
     /// It ends.
     pub fn leave(&self) {
-        self.0.ended.store(START.elapsed().as_millis() as u64, Ordering::Relaxed);
-        self.0.calls.fetch_sub(1, Ordering::Relaxed);
+        self.0.running.store(self.0.running.load(Relaxed).saturating_sub(1), Relaxed);
     }
 
     pub fn holds(&self, writes: bool, reads: bool) {
-        self.0.writes.store(writes, Ordering::Relaxed);
-        self.0.reads.store(reads, Ordering::Relaxed);
+        self.0.writes.store(writes, Relaxed);
+        self.0.reads.store(reads, Relaxed);
     }
 
-    /// Whether a wait for `ask` that began at `since` may be one for a connection of this process that nobody
-    /// drives.
-    pub fn waits_for_itself(&self, ask: Ask, since: Instant) -> bool {
-        if since.elapsed() < OWN_THREAD_PATIENCE {
-            return false;
-        }
+    /// Whether a wait for `ask` may be one for a connection of this process that nobody drives. Asked every few
+    /// milliseconds of that wait; `seen` is kept between.
+    pub fn waits_for_itself(&self, ask: Ask, seen: &mut Idle) -> bool {
         let for_readers = matches!(ask.request, Request::File { level: FileLevel::Exclusive, .. });
-        let now = START.elapsed().as_millis() as u64;
+        let now = Instant::now();
         let open = OPEN.get().lock().unwrap_or_else(PoisonError::into_inner);
-        open.iter().filter_map(Weak::upgrade).any(|other| {
-            let in_the_way = match for_readers {
-                true => other.reads.load(Ordering::Relaxed),
-                false => other.writes.load(Ordering::Relaxed),
-            };
-            let patience = match other.thread.load(Ordering::Relaxed) == this_thread() {
+        let others = open.iter().filter_map(Weak::upgrade);
+        let in_the_way = others.filter(|other| {
+            let holds = if for_readers { &other.reads } else { &other.writes };
+            !Arc::ptr_eq(other, &self.0) && other.database == self.0.database && holds.load(Relaxed)
+        });
+        let mut idle = Idle::default();
+        let mut hopeless = false;
+        for other in in_the_way {
+            if other.running.load(Relaxed) != 0 {
+                continue;
+            }
+            let (who, calls) = (Arc::as_ptr(&other) as usize, other.calls.load(Relaxed));
+            let known = seen.0.iter().find(|(w, c, _)| *w == who && *c == calls);
+            let begun = known.map_or(now, |(_, _, begun)| *begun);
+            idle.0.push((who, calls, begun));
+            let patience = match other.thread.load(Relaxed) == this_thread() {
                 true => OWN_THREAD_PATIENCE,
                 false => OWN_PROCESS_PATIENCE,
             };
-            let idle = Duration::from_millis(now.saturating_sub(other.ended.load(Ordering::Relaxed)));
-            !Arc::ptr_eq(&other, &self.0)
-                && other.database == self.0.database
-                && in_the_way
-                && other.calls.load(Ordering::Relaxed) == 0
-                && idle >= patience
-                && since.elapsed() >= patience
-        })
+            hopeless |= now.duration_since(begun) >= patience;
+        }
+        *seen = idle;
+        hopeless
     }
 }
+
+/// Connections of this process that nobody drives, with their count of calls, and since when it is known.
+#[derive(Debug, Default)]
+pub struct Idle(Vec<(usize, u64, Instant)>);

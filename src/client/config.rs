@@ -5,6 +5,7 @@
 //! | `TURNSTILE_SOCKET` | `turnstile_socket` | path of the broker's socket; given, no broker is ever started | see [`super::place`] |
 //! | `TURNSTILE_FALLBACK` | `turnstile_fallback` | `autostart`, `refuse`, `plain`: without a broker | `autostart` |
 //! | `TURNSTILE_WAIT` | `turnstile_wait` | how long a wait may last: `30s`, `500ms`, `2m`, `0` | `30s` |
+//! | `TURNSTILE_BEGIN` | `turnstile_begin` | `learn`, `immediate`, `deferred`: see [`Begin`] | `learn` |
 //! | `TURNSTILE_MODE` | `turnstile_mode` | `auto`, `guest` | `auto` |
 //! | `TURNSTILE_ALLOW_UNSAFE` | | `0`, `1`: databases on filesystems that are refused otherwise | `0` |
 //! | `TURNSTILE_BIN` | | the `turnstile` program, for starting a broker | beside the extension, then `PATH` |
@@ -14,8 +15,8 @@ use std::time::Duration;
 
 /// What a URI may set, too. Not the program that would be started, nor where it is safe: names of databases come
 /// from all kinds of places.
-pub const FOR_ONE_DATABASE: [&str; 4] =
-    ["TURNSTILE_SOCKET", "TURNSTILE_FALLBACK", "TURNSTILE_WAIT", "TURNSTILE_MODE"];
+pub const FOR_ONE_DATABASE: [&str; 5] =
+    ["TURNSTILE_SOCKET", "TURNSTILE_FALLBACK", "TURNSTILE_WAIT", "TURNSTILE_MODE", "TURNSTILE_BEGIN"];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fallback {
@@ -24,11 +25,23 @@ pub enum Fallback {
     Plain,
 }
 
+/// When an explicit transaction that begins with a reading statement takes its turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Begin {
+    /// At that statement, if transactions that begin with it have written before.
+    Learn,
+    /// At its first statement, always, on a connection that may write.
+    Immediate,
+    /// When it writes, as plain SQLite: too late, if somebody else has written meanwhile.
+    Deferred,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     pub socket: Option<PathBuf>,
     pub fallback: Fallback,
     pub wait: Duration,
+    pub begin: Begin,
     pub guest: bool,
     pub allow_unsafe: bool,
     pub program: Option<PathBuf>,
@@ -40,6 +53,7 @@ impl Default for Config {
             socket: None,
             fallback: Fallback::Autostart,
             wait: Duration::from_secs(30),
+            begin: Begin::Learn,
             guest: false,
             allow_unsafe: false,
             program: None,
@@ -84,6 +98,14 @@ impl Config {
             let wait = duration(&v);
             self.wait =
                 wait.ok_or_else(|| bad("TURNSTILE_WAIT", &v, "expected a time such as 30s, 500ms, 2m or 0"))?;
+        }
+        if let Some(v) = lookup("TURNSTILE_BEGIN") {
+            self.begin = match v.as_str() {
+                "learn" => Begin::Learn,
+                "immediate" => Begin::Immediate,
+                "deferred" => Begin::Deferred,
+                _ => return Err(bad("TURNSTILE_BEGIN", &v, "expected learn, immediate or deferred")),
+            };
         }
         if let Some(v) = lookup("TURNSTILE_MODE") {
             self.guest = match v.as_str() {

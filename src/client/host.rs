@@ -95,8 +95,3 @@ impl LowDescriptors {
         Ok(LowDescriptors { _fillers: fillers })
     }
 }
-
-/// The kernel's id of the calling thread.
-pub fn thread_id() -> i32 {
-    nix::unistd::gettid().as_raw()
-}

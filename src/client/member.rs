@@ -1,65 +1,32 @@
-//! A seat: joining, asking, waiting, leaving.
+//! A seat: asking, waiting, giving back, on either lane.
 
-use super::autostart;
-use super::config::Config;
-use super::fork::{self, PerProcess};
-use super::host::{HostFd, thread_id};
+use super::Lost;
+use super::host::HostFd;
+use super::joining::Connected;
+use super::lane::{FastLane, thread_id};
 use super::session::Session;
 use super::shared::Shared;
-use super::{JoinError, Lost};
+use crate::lock::rules::Attempt;
+use crate::lock::seat::{Seat, begins_transaction};
 use crate::lock::{Ask, Release, Verdict};
-use crate::wire::message::{
-    Blocker, ConnectionKey, FromBroker, Join, Joined, Mode, Refusal, Role, SeatKey, ToBroker,
-};
-use std::collections::BTreeMap;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
-
-/// By the broker's number of the database and whether it may be written.
-type Segments = BTreeMap<(u32, bool), (Arc<Shared>, usize)>;
-
-/// A session and the segments that this process has from it.
-#[derive(Debug)]
-struct Connected {
-    session: Session,
-    /// With the number of seats that use each. Locked over joins and leaves, so that a leaving last seat has
-    /// given up the gate before the next joins.
-    segments: Mutex<Segments>,
-}
-
-/// The process's sessions, by the socket that was asked for.
-static SESSIONS: PerProcess<Mutex<BTreeMap<Option<PathBuf>, Arc<Connected>>>> = PerProcess::new();
-
-fn connected(config: &Config) -> Result<Arc<Connected>, JoinError> {
-    fork::install();
-    let mut sessions = lock(SESSIONS.get());
-    match sessions.get(&config.socket) {
-        Some(known) if !known.session.is_lost() => return Ok(Arc::clone(known)),
-        // Not kept for ever: with its last seat it is dropped, and the broker lets its seats go.
-        _ => drop(sessions.remove(&config.socket)),
-    }
-    let session = autostart::session(config)?;
-    let new = Arc::new(Connected { session, segments: Mutex::default() });
-    sessions.insert(config.socket.clone(), Arc::clone(&new));
-    Ok(new)
-}
-
-/// What a connection joins with. The descriptors are only borrowed: they are the host's SQLite's.
-pub struct Claim<'a> {
-    pub database: BorrowedFd<'a>,
-    pub directory: OwnedFd,
-    pub shm: Option<OwnedFd>,
-    pub join: Join,
-}
+use crate::planted::planted;
+use crate::segment::atomic::Relaxed;
+use crate::segment::wal_index::WalIndex;
+use crate::wire::message::{Blocker, ConnectionKey, FromBroker, Joined, Mode, Role, SeatKey, ToBroker};
+use std::cell::Cell;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// One connection's seat.
 #[derive(Debug)]
 pub struct Member {
-    connected: Arc<Connected>,
-    joined: Joined,
-    shared: Option<Arc<Shared>>,
+    pub(super) connected: Arc<Connected>,
+    pub(super) joined: Joined,
+    pub(super) shared: Option<Arc<Shared>>,
+    /// Its locks are taken in the segment itself, not by messages.
+    pub(super) fast: Option<FastLane>,
+    /// The connection of its last request.
+    pub(super) connection: Cell<ConnectionKey>,
 }
 
 /// How a lock request ended.
@@ -73,76 +40,27 @@ pub struct Outcome {
     pub blocker: Option<Blocker>,
 }
 
+impl Outcome {
+    pub fn at_once(verdict: Verdict) -> Outcome {
+        Outcome { verdict, deadlock: false, gave_up: false, blocker: None }
+    }
+}
+
 impl Member {
-    /// Takes a seat for one SQLite connection.
-    pub fn join(config: &Config, claim: &Claim) -> Result<Member, JoinError> {
-        let refused = match Member::join_one(config, claim) {
-            Err(e @ JoinError::Refused { why: Refusal::OtherBroker, .. }) if config.socket.is_none() => e,
-            other => return other,
-        };
-        // The broker that a program of this user finds first is not the one that has this database: a host's
-        // broker was started while a user's own was serving it.
-        for socket in super::place::candidates().flatten() {
-            let other = Config { socket: Some(socket), ..config.clone() };
-            if let Ok(member) = Member::join_one(&other, claim) {
-                return Ok(member);
-            }
-        }
-        Err(refused)
+    pub(super) fn new(connected: Arc<Connected>, joined: Joined, shared: Option<Arc<Shared>>) -> Member {
+        let fast = shared.as_ref().filter(|_| !planted("no-fast-lane"));
+        let fast = fast.and_then(|shared| FastLane::new(shared, joined.seat));
+        Member { connected, joined, shared, fast, connection: Cell::new(0) }
     }
 
-    fn join_one(config: &Config, claim: &Claim) -> Result<Member, JoinError> {
-        let mut last = JoinError::Lost;
-        // Again, if a broker exits for idleness between our hello and our join.
-        for _ in 0..3 {
-            let connected = connected(config)?;
-            match Member::join_at(connected, claim) {
-                Err(e @ JoinError::Lost) => last = e,
-                other => return other,
-            }
-        }
-        Err(last)
+    /// Which way its lock requests travel: "fast" or "socket".
+    pub fn lane(&self) -> &'static str {
+        if self.fast.is_some() { "fast" } else { "socket" }
     }
 
-    fn join_at(connected: Arc<Connected>, claim: &Claim) -> Result<Member, JoinError> {
-        let mut segments = lock(&connected.segments);
-        let session = &connected.session;
-        let id = session.new_id();
-        let mut fds = vec![claim.database.as_raw_fd(), claim.directory.as_raw_fd()];
-        fds.extend(claim.shm.as_ref().map(|fd| fd.as_raw_fd()));
-        let join = Join { has_shm: claim.shm.is_some(), ..claim.join.clone() };
-        let (answer, received) =
-            session.ask(&ToBroker::Join { id, join }, id, &fds).map_err(|_| JoinError::Lost)?;
-        let joined = match answer {
-            FromBroker::Joined { joined, .. } => joined,
-            FromBroker::Refused { why, reason, .. } => return Err(JoinError::Refused { why, reason }),
-            _ => return Err(JoinError::Lost),
-        };
-        let key = (joined.seat.database, joined.role == Role::ReadWrite);
-        let shared = match (joined.mode, joined.segment) {
-            (Mode::Guest, _) => None,
-            (Mode::Gated, true) => match Shared::open(received, joined.nonce, joined.role) {
-                Ok(shared) => {
-                    let shared = Arc::new(shared);
-                    segments.insert(key, (Arc::clone(&shared), 1));
-                    Some(shared)
-                }
-                Err(e) => {
-                    // Descriptors that this process has no room for, mostly.
-                    drop(segments);
-                    let member = Member { connected, joined, shared: None };
-                    member.leave();
-                    return Err(e.into());
-                }
-            },
-            (Mode::Gated, false) => {
-                let (shared, seats) = segments.get_mut(&key).ok_or(JoinError::Lost)?;
-                *seats += 1;
-                Some(Arc::clone(shared))
-            }
-        };
-        drop(segments);
-        Ok(Member { connected, joined, shared })
+    fn with_seat<T>(&self, body: impl FnOnce(&FastLane, &Seat) -> T) -> Option<T> {
+        let fast = self.fast.as_ref()?;
+        fast.with(self.session(), self.connection.get(), |seat| body(fast, seat))
     }
 
     pub fn mode(&self) -> Mode {
@@ -165,9 +83,33 @@ impl Member {
         self.shared.as_ref()
     }
 
-    /// The session still stands and the segment may be used.
+    /// The segment may be used and, where its locks travel by messages, the session still stands: a broker that is
+    /// gone changes nothing for members on the fast lane.
     pub fn is_whole(&self) -> bool {
-        !self.connected.session.is_lost() && !self.shared.as_ref().is_some_and(|s| s.poisoned())
+        !self.shared.as_ref().is_some_and(|s| s.poisoned())
+            && (self.fast.is_some() || !self.connected.session.is_lost())
+    }
+
+    /// On the fast lane: what the request comes to without waiting. `None`: it must wait, or travels by messages.
+    pub fn try_lock(&self, ask: Ask, connection: ConnectionKey) -> Result<Option<Verdict>, Lost> {
+        self.connection.set(connection);
+        let attempt = self.with_seat(|fast, seat| {
+            if !fast.shared().is_open() && begins_transaction(seat, ask) {
+                return if fast.shared().poisoned() { None } else { Some(Attempt::Done(Verdict::Busy)) };
+            }
+            let attempt = seat.attempt(ask);
+            // Looked at again after it, as the broker looks for locks after it has set it: it sees this one, or
+            // this sees that the segment is not to be used any more.
+            if fast.shared().poisoned() {
+                return None;
+            }
+            Some(attempt)
+        });
+        match attempt {
+            None | Some(Some(Attempt::Wait { .. })) => Ok(None),
+            Some(Some(Attempt::Done(verdict))) => Ok(Some(verdict)),
+            Some(None) => Err(Lost),
+        }
     }
 
     /// Asks for a lock and waits as long as the rules say and `give_up` allows. When it gives up, the request
@@ -178,9 +120,17 @@ impl Member {
         connection: ConnectionKey,
         give_up: impl FnMut() -> bool,
     ) -> Result<Outcome, Lost> {
+        self.connection.set(connection);
         let session = self.session();
-        let id = session.new_id();
         let seat = self.joined.seat;
+        if let Some(fast) = &self.fast {
+            let tell = || {
+                let _ = session.send(&ToBroker::Waiting { seat }, &[]);
+            };
+            let outcome = fast.with(session, connection, |seat| fast.wait(seat, ask, give_up, tell));
+            return outcome.ok_or(Lost);
+        }
+        let id = session.new_id();
         session.send(&ToBroker::Lock { id, seat, ask, connection, thread: thread_id() }, &[])?;
         let (answer, gave_up) = match session.await_answer(id, give_up)? {
             Some(answer) => (answer, false),
@@ -197,12 +147,27 @@ impl Member {
         }
     }
 
+    /// Whom the seat waits for, if the broker can say.
+    pub fn blocker(&self) -> Option<Blocker> {
+        let id = self.session().new_id();
+        match self.session().ask(&ToBroker::AskBlocker { id, seat: self.joined.seat }, id, &[]) {
+            Ok((FromBroker::Blocker { blocker, .. }, _)) => blocker,
+            _ => None,
+        }
+    }
+
     pub fn release(&self, release: Release) -> Result<(), Lost> {
+        if self.with_seat(|_, seat| seat.release(release)).is_some() {
+            return Ok(());
+        }
         self.session().send(&ToBroker::Unlock { seat: self.joined.seat, release }, &[])
     }
 
     /// Whether another seat holds RESERVED.
     pub fn reserved_by_other(&self) -> Result<bool, Lost> {
+        if let Some(reserved) = self.with_seat(|_, seat| seat.reserved_by_other()) {
+            return Ok(reserved);
+        }
         let id = self.session().new_id();
         match self.session().ask(&ToBroker::CheckReserved { id, seat: self.joined.seat }, id, &[])?.0 {
             FromBroker::Reserved { by_other, .. } => Ok(by_other),
@@ -211,6 +176,9 @@ impl Member {
     }
 
     pub fn journal_is_clear(&self) -> Result<(), Lost> {
+        if self.with_seat(|_, seat| seat.journal_is_clear()).is_some() {
+            return Ok(());
+        }
         self.session().send(&ToBroker::JournalClear { seat: self.joined.seat }, &[])
     }
 
@@ -218,19 +186,65 @@ impl Member {
         self.session().send(&ToBroker::TurnUsed { seat: self.joined.seat }, &[])
     }
 
-    /// Opens the wal-index; the broker invalidates it first if nobody else has it open.
+    /// What the turn is for that is about to be taken ahead ([`SeatWords::turn_for`]).
+    ///
+    /// [`SeatWords::turn_for`]: crate::segment::layout::SeatWords::turn_for
+    pub fn turn_is_for(&self, what: u32) {
+        self.with_seat(|_, seat| {
+            if let Some(words) = seat.table.seat(seat.id).filter(|w| w.turn_for.load(Relaxed) != what) {
+                words.turn_for.store(what, Relaxed);
+            }
+        });
+    }
+
+    /// The seat has the turn.
+    pub fn has_turn(&self) -> bool {
+        self.with_seat(|_, seat| seat.has_turn()).unwrap_or(false)
+    }
+
+    /// The connection asks for a lock on another file: a turn that was taken ahead here, and not used, is not for
+    /// this file. True: it had one. (On the socket lane the broker sees it by itself.)
+    pub fn went_elsewhere(&self) -> bool {
+        self.with_seat(|_, seat| seat.went_elsewhere()).unwrap_or(false)
+    }
+
+    /// Opens the wal-index; it is invalidated first if nobody else has it open.
     pub fn open_wal_index(&self) -> Result<(), Lost> {
+        if self.fast.is_some() {
+            let region0 = self.shared.as_ref().ok_or(Lost)?.region(0).map_err(|_| Lost)?;
+            // SAFETY: the first region stays mapped as long as `shared` is.
+            let index = unsafe { WalIndex::new(region0) };
+            let end = Instant::now() + Duration::from_secs(10);
+            let alone = || {
+                if !planted("stale-wal-index") {
+                    index.invalidate()
+                }
+            };
+            while !self.with_seat(|_, seat| seat.open_wal_index(alone)).unwrap_or(true) {
+                if Instant::now() >= end {
+                    return Err(Lost);
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            return Ok(());
+        }
         let id = self.session().new_id();
         let seat = self.joined.seat;
         self.wal_index(id, ToBroker::OpenWalIndex { id, seat })?.map(drop).ok_or(Lost)
     }
 
     pub fn close_wal_index(&self) -> Result<(), Lost> {
+        if self.with_seat(|_, seat| seat.close_wal_index()).is_some() {
+            return Ok(());
+        }
         self.session().send(&ToBroker::CloseWalIndex { seat: self.joined.seat }, &[])
     }
 
     /// At least `regions` regions; `None` when there is no memory for them.
     pub fn grow_wal_index(&self, regions: u32) -> Result<Option<u32>, Lost> {
+        if let Some(shared) = self.shared.as_ref().filter(|_| self.fast.is_some()) {
+            return Ok(shared.grow(regions));
+        }
         let id = self.session().new_id();
         let seat = self.joined.seat;
         self.wal_index(id, ToBroker::GrowWalIndex { id, seat, regions })
@@ -256,43 +270,6 @@ impl Member {
     pub fn log(&self, text: &str) {
         let _ = self.session().send(&ToBroker::Log { text: text.chars().take(1000).collect() }, &[]);
     }
-
-    /// Gives the seat up. The last seat of this process on its database unmaps the segment and closes the gate
-    /// *before* it says so: once the broker has opened the gate, a plain connection of this very process may
-    /// lock the file, and closing any descriptor of it would drop that lock.
-    ///
-    /// The caller has closed the connection's own descriptor.
-    pub fn leave(mut self) {
-        let connected = Arc::clone(&self.connected);
-        let mut segments = lock(&connected.segments);
-        let key = (self.joined.seat.database, self.joined.role == Role::ReadWrite);
-        let mut late = None;
-        if let Some(shared) = self.shared.take()
-            && let Some((_, seats)) = segments.get_mut(&key)
-        {
-            *seats -= 1;
-            if *seats == 0 {
-                segments.remove(&key);
-                if crate::planted::planted("late-close-of-gate") {
-                    late = Some(Arc::clone(&shared));
-                }
-            }
-            drop(shared); // the last one unmaps and closes here
-        }
-        if connected.session.is_lost() {
-            // Not to be found again: with its last seat it is dropped, its liveness byte comes free, and the
-            // broker, if it lives, lets its seats go.
-            lock(SESSIONS.get()).retain(|_, c| !Arc::ptr_eq(c, &connected));
-        } else {
-            let id = connected.session.new_id();
-            let _ = connected.session.ask(&ToBroker::Leave { id, seat: self.joined.seat }, id, &[]);
-        }
-        drop(late);
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The broker's status report as JSON.

@@ -14,6 +14,8 @@ pub mod autostart;
 pub mod config;
 pub mod fork;
 pub mod host;
+pub mod joining;
+pub mod lane;
 pub mod member;
 pub mod place;
 pub mod session;

@@ -2,9 +2,11 @@
 
 use super::fork;
 use super::host::HostFd;
+use crate::lock::learned::Learned;
+use crate::lock::table::Table;
 use crate::planted::planted;
 use crate::segment::gate;
-use crate::segment::layout::{CONTROL_SIZE, REGION_SIZE, WAL_INDEX_SIZE};
+use crate::segment::layout::{MAX_REGIONS, REGION_SIZE, WAL_INDEX_SIZE};
 use crate::segment::mapping::ControlMap;
 use crate::segment::memfd;
 use crate::wire::message::Role;
@@ -12,6 +14,7 @@ use memmap2::{MmapOptions, MmapRaw};
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 
 /// Regions are mapped in chunks: a region is smaller than a page on some machines.
@@ -30,6 +33,8 @@ pub struct Shared {
     /// the file, so they live as long as the gate.
     own_descriptors: Mutex<Vec<HostFd>>,
     epoch: u64,
+    /// Write transactions begun by this process; see [`Shared::still_ours`].
+    begun: AtomicU64,
 }
 
 impl Shared {
@@ -45,23 +50,89 @@ impl Shared {
                 "not all of the segment's descriptors arrived: too many open files",
             ));
         }
-        if !memfd::is_sealed(&control, CONTROL_SIZE) || !memfd::is_sealed(&wal_index, WAL_INDEX_SIZE) {
+        if !memfd::is_sealed(&control) || !memfd::is_sealed_to(&wal_index, WAL_INDEX_SIZE) {
             return Err(io::Error::other("the broker's segment is not sealed"));
         }
+        let control = ControlMap::open(&control, nonce, role == Role::ReadWrite)?;
+        let (address, length) = control.extent();
+        fork::remember_mapping(address, length);
         Ok(Shared {
-            control: ControlMap::open(&control, nonce)?,
+            control,
             wal_index_fd: HostFd::new(wal_index)?,
             gate: gate.map(HostFd::new).transpose()?,
             role,
             chunks: Mutex::default(),
             own_descriptors: Mutex::default(),
             epoch: fork::epoch(),
+            begun: AtomicU64::new(1),
         })
     }
 
     /// The segment must not be used any more.
     pub fn poisoned(&self) -> bool {
         self.control.poisoned()
+    }
+
+    /// Neither poisoned nor about to be.
+    #[inline]
+    pub fn is_open(&self) -> bool {
+        self.control.is_open()
+    }
+
+    /// The broker is stopping: no new transactions.
+    pub fn stopping(&self) -> bool {
+        self.control.stopping()
+    }
+
+    /// The locks, where this process may take them itself: not with a read-only mapping, nor with a layout of
+    /// another version.
+    #[inline]
+    pub fn table(&self) -> Option<Table<'_>> {
+        match self.role {
+            Role::ReadWrite => self.control.control().map(Table::of),
+            Role::ReadOnly => None,
+        }
+    }
+
+    /// What statements have shown of themselves on this database.
+    pub fn learned(&self) -> Option<Learned<'_>> {
+        match self.role {
+            Role::ReadWrite => self.control.control().map(|c| Learned(&c.learned)),
+            Role::ReadOnly => None,
+        }
+    }
+
+    /// At least `wanted` regions, their pages allocated before they are announced, so that nobody can meet a
+    /// SIGBUS. `None`: there is no memory for them.
+    pub fn grow(&self, wanted: u32) -> Option<u32> {
+        let have = self.regions();
+        if wanted > have {
+            let fd = self.wal_index_fd.get().filter(|_| wanted <= MAX_REGIONS)?;
+            let from = have as usize * REGION_SIZE;
+            memfd::allocate(fd, from, wanted as usize * REGION_SIZE - from).ok()?;
+            self.control.raise_regions(wanted);
+        }
+        Some(self.regions())
+    }
+
+    /// A write transaction begins.
+    pub fn write_begins(&self) {
+        self.begun.store(self.begun.load(Relaxed) + 1, Relaxed);
+    }
+
+    /// Whether the host has left our descriptors alone: looked at once a write transaction, before its first write.
+    /// One that has closed what it did not know may have opened something else on the numbers that SQLite writes
+    /// to. `checked`: the caller's memory of it.
+    pub fn still_ours(&self, checked: &mut u64) -> bool {
+        let begun = self.begun.load(Relaxed);
+        if *checked != begun {
+            let ours = self.gate.as_ref().is_none_or(|gate| gate.get().is_some());
+            if !ours {
+                return false;
+            }
+            *checked = begun;
+        }
+        true
     }
 
     /// Regions that may be mapped.
@@ -98,6 +169,9 @@ impl Shared {
 
 impl Drop for Shared {
     fn drop(&mut self) {
+        if self.epoch == fork::epoch() {
+            fork::forget_mapping(self.control.extent().0);
+        }
         let chunks = std::mem::take(self.chunks.get_mut().unwrap_or_else(PoisonError::into_inner));
         for (_, map) in chunks {
             if self.epoch == fork::epoch() {

@@ -1,15 +1,20 @@
 //! The rules: who may hold which lock, who has the turn, who waits and who is told BUSY.
 //!
-//! Pure state machines. No I/O, no clock (the caller passes `now`), no SQLite. The broker runs them for the
-//! socket lane; nothing here knows how a request arrived.
+//! Algorithms over the segment's words. No I/O, no SQLite, no clock and no system call but by [`park::Parking`]. Both
+//! lanes run them: a member on the segment itself, the broker on behalf of those who cannot.
 //!
-//! * [`table`]: the locks themselves, SQLite's four file locks and eight wal-index slots.
-//! * [`turn`]: the line of tickets for the right to be the database's one writer.
-//! * [`locks`]: asking, waiting, giving back; when a turn ends; what a death leaves behind.
-//! * [`rules`]: what a request means: at once, wait, or BUSY. [`unused`]: turns that nobody uses.
+//! * [`table`]: the locks themselves, SQLite's four file locks and eight wal-index slots; [`hints`] for it.
+//! * [`turn`]: the right to be the database's one writer, and the line for it.
+//! * [`rules`]: what a request means: at once, wait, or BUSY. [`seat`]: giving back; when a turn ends.
+//! * [`learned`]: what statements have shown of themselves.
+//! * [`queue`]: the socket lane's requests, and what a death leaves behind. [`unused`]: turns that nobody uses.
 
-pub mod locks;
+pub mod hints;
+pub mod learned;
+pub mod park;
+pub mod queue;
 pub mod rules;
+pub mod seat;
 pub mod table;
 pub mod turn;
 pub mod unused;
@@ -84,6 +89,11 @@ impl Slots {
         self.first == slot::WRITE && self.count == 1
     }
 
+    /// Exactly the checkpoint lock.
+    pub fn is_checkpoint(self) -> bool {
+        self.first == slot::CHECKPOINT && self.count == 1
+    }
+
     /// Exactly the recovery lock.
     pub fn is_recover(self) -> bool {
         self.first == slot::RECOVER && self.count == 1
@@ -113,7 +123,8 @@ pub enum Request {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ask {
     pub request: Request,
-    /// The statement that runs writes: take the turn first, then the snapshot.
+    /// The turn first: for a snapshot, because the statement that runs writes; for the checkpoint lock, so that the
+    /// WAL stands still under it and can be begun anew.
     pub ahead: bool,
 }
 
@@ -150,20 +161,4 @@ pub enum Release {
     },
     /// The turn itself (guest mode, or a statement that turned out not to write this file).
     Turn,
-}
-
-impl Ask {
-    /// For `status`.
-    pub fn describe(self) -> &'static str {
-        match self.request {
-            Request::Turn => "the turn",
-            Request::File { level: FileLevel::Shared, .. } | Request::ShmShared(_) if self.ahead => {
-                "the turn"
-            }
-            Request::File { level: FileLevel::Shared, .. } => "SHARED",
-            Request::File { .. } => "EXCLUSIVE",
-            Request::ShmShared(_) => "a wal-index slot",
-            Request::ShmExclusive { .. } => "the WAL write lock",
-        }
-    }
 }

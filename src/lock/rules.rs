@@ -3,167 +3,220 @@
 //! SQLite's wal.c and pager.c expect some requests to fail at once and move on, and break when others fail.
 //! The table of who waits is in `docs/architecture.md` ("Locks"); the code below is in its order.
 
-use super::locks::{Locks, Probation};
-use super::turn::Ticket;
+use super::seat::Seat;
 use super::{Ask, FileLevel, Request, SeatId, Slots, Verdict, slot};
 use crate::planted::planted;
-use std::time::Instant;
+use crate::segment::atomic::SeqCst;
+use crate::segment::layout::{PROBATION_OPEN, PROBATION_OVER};
 
 /// What one attempt at a request comes to.
-pub(super) enum Attempt {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attempt {
     Done(Verdict),
-    /// In line. `for_turn`: it is the turn that is missing, not the lock.
+    /// Not yet. `for_turn`: it is the turn that is missing, not the lock.
     Wait {
         for_turn: bool,
     },
 }
 
 const BUSY: Attempt = Attempt::Done(Verdict::Busy);
+const WAIT: Attempt = Attempt::Wait { for_turn: false };
 
-impl Locks {
-    pub(super) fn attempt(
-        &mut self,
-        seat: SeatId,
-        ask: Ask,
-        ticket: Option<Ticket>,
-        now: Instant,
-    ) -> Attempt {
-        if self.wants_turn(seat, ask) {
-            let with_write = matches!(ask.request, Request::ShmExclusive { .. });
-            if !self.turn.try_take(seat, ticket, with_write, now) {
+impl Seat<'_> {
+    pub fn attempt(&self, ask: Ask) -> Attempt {
+        self.count_call();
+        if self.wants_turn(ask) {
+            let comes_with = match ask.request {
+                Request::ShmExclusive { slots, .. } => slots.mask().unwrap_or(0),
+                _ => 0,
+            };
+            if !self.take_turn(comes_with) {
                 return Attempt::Wait { for_turn: true };
             }
         }
-        let attempt = match ask.request {
-            Request::File { level: FileLevel::Shared, .. } => self.file_shared(seat),
-            Request::File { level: FileLevel::Reserved, .. } => self.file_reserved(seat, now),
-            Request::File { level: FileLevel::Exclusive, hot_journal } => {
-                self.file_exclusive(seat, hot_journal)
-            }
+        match ask.request {
+            Request::File { level: FileLevel::Shared, .. } => self.file_shared(),
+            Request::File { level: FileLevel::Reserved, .. } => self.file_reserved(),
+            Request::File { level: FileLevel::Exclusive, hot_journal } => self.file_exclusive(hot_journal),
             Request::File { .. } => BUSY, // SQLite never asks for PENDING or NONE
-            Request::ShmShared(slots) => self.shm_shared(seat, slots),
-            Request::ShmExclusive { slots, .. } => self.shm_exclusive(seat, slots, now),
-            Request::Turn => self.granted(seat, false),
-        };
-        if let Attempt::Done(Verdict::Granted { .. }) = attempt {
-            self.touch(seat, now);
+            Request::ShmShared(slots) => self.shm_shared(slots),
+            Request::ShmExclusive { slots, blocking } => self.shm_exclusive(slots, blocking),
+            Request::Turn => self.granted(false),
         }
-        attempt
     }
 
     /// The turn comes before this request: a statement that writes begins its snapshot, or a checkpoint asks
     /// for WRITE outside any transaction.
-    pub(super) fn wants_turn(&self, seat: SeatId, ask: Ask) -> bool {
-        let wanted = match ask.request {
+    fn wants_turn(&self, ask: Ask) -> bool {
+        match ask.request {
             Request::Turn => true,
             Request::ShmExclusive { slots, blocking } => {
-                slots.is_write() && self.write_is_checkpoint(seat, blocking)
+                let wanted = slots.is_write() && self.write_is_checkpoint(blocking)
+                    || slots.is_checkpoint() && ask.ahead;
+                wanted && !self.has_turn()
             }
-            Request::ShmShared(_) | Request::File { level: FileLevel::Shared, .. } => ask.ahead,
+            Request::ShmShared(_) | Request::File { level: FileLevel::Shared, .. } => {
+                ask.ahead && !self.has_turn()
+            }
             Request::File { .. } => false,
-        };
-        wanted && !self.turn.held_by(seat)
+        }
     }
 
-    fn write_is_checkpoint(&self, seat: SeatId, blocking: bool) -> bool {
-        let reads = self.table.shared_holds(seat).slots & slot::READ_MASK != 0;
-        !reads && (blocking || self.table.slot_owner(slot::CHECKPOINT) == Some(seat))
+    fn write_is_checkpoint(&self, blocking: bool) -> bool {
+        let checkpoints = || self.table.slot_owner(slot::CHECKPOINT) == Some(self.id);
+        !self.table.reads(self.id) && (blocking || checkpoints())
     }
 
-    fn granted(&self, seat: SeatId, probation: bool) -> Attempt {
-        Attempt::Done(Verdict::Granted { turn: self.turn.held_by(seat), probation })
+    fn granted(&self, probation: bool) -> Attempt {
+        Attempt::Done(Verdict::Granted { turn: self.has_turn(), probation })
+    }
+
+    fn foreign(&self, owner: Option<SeatId>) -> bool {
+        owner.is_some_and(|o| o != self.id)
+    }
+
+    fn file_is_closed(&self) -> bool {
+        self.foreign(self.table.pending()) || self.foreign(self.table.exclusive())
     }
 
     /// Waits in line behind PENDING and EXCLUSIVE: a writer is about to change the file.
-    fn file_shared(&mut self, seat: SeatId) -> Attempt {
-        let foreign = |owner: Option<SeatId>| owner.is_some_and(|o| o != seat);
-        if foreign(self.table.pending) || foreign(self.table.exclusive) {
-            return Attempt::Wait { for_turn: false };
+    fn file_shared(&self) -> Attempt {
+        let probation = &self.table.words.file.0.probation;
+        // Before the hold is stored: giving it back wakes the sleepers, and this seat is one of them.
+        let admitted = probation.load(SeqCst);
+        let elsewhere = ![PROBATION_OVER, PROBATION_OPEN, self.id].contains(&admitted);
+        let looks = !planted("no-probation") && !planted("hold-before-probation");
+        if self.file_is_closed() || (elsewhere && looks) {
+            return WAIT;
         }
-        let on_probation = match &mut self.probation {
-            Probation::Over => false,
-            Probation::Open { .. } if planted("no-probation") => false,
-            Probation::Open { admitted: Some(other) } if *other != seat => {
-                return Attempt::Wait { for_turn: false };
+        let before = self.table.file_shared(self.id);
+        self.table.set_file_shared(self.id, true);
+        let step_back = || {
+            if !before {
+                self.table.set_file_shared(self.id, false);
+                self.wake_sleepers(); // a writer may have seen the hold and gone to sleep
             }
-            Probation::Open { admitted } => {
-                *admitted = Some(seat);
+            WAIT
+        };
+        if self.file_is_closed() {
+            return step_back();
+        }
+        let on_probation = match probation.load(SeqCst) {
+            PROBATION_OVER => false,
+            _ if planted("no-probation") => false,
+            admitted if admitted == self.id => true,
+            PROBATION_OPEN => {
+                if probation.compare_exchange(PROBATION_OPEN, self.id, SeqCst, SeqCst).is_err() {
+                    return step_back();
+                }
                 true
             }
+            _ => return step_back(),
         };
-        self.table.set_file_shared(seat, true);
-        self.granted(seat, on_probation)
+        self.granted(on_probation)
     }
 
     /// BUSY at once when another has it: the seat holds SHARED, and the other will need it gone.
-    fn file_reserved(&mut self, seat: SeatId, now: Instant) -> Attempt {
-        let foreign = |owner: Option<SeatId>| owner.is_some_and(|o| o != seat);
+    fn file_reserved(&self) -> Attempt {
         let t = &self.table;
-        if !t.file_shared(seat) || foreign(t.reserved) || foreign(t.pending) || foreign(t.exclusive) {
+        if !t.file_shared(self.id) || self.foreign(t.reserved()) || self.file_is_closed() {
             return BUSY;
         }
-        if !self.turn.try_take(seat, None, false, now) {
+        let had_turn = self.has_turn();
+        if !self.take_turn(0) {
             return BUSY;
         }
-        self.table.reserved = Some(seat);
-        self.journal_is_clear(seat);
-        self.granted(seat, false)
+        let reserved = &t.words.file.0.reserved;
+        let mine =
+            t.reserved() == Some(self.id) || reserved.compare_exchange(0, self.id, SeqCst, SeqCst).is_ok();
+        if !mine || self.file_is_closed() || !self.turn().confirm(self.id) {
+            if mine {
+                let _ = reserved.compare_exchange(self.id, 0, SeqCst, SeqCst);
+            }
+            if !had_turn {
+                self.end_turn();
+            }
+            return BUSY;
+        }
+        self.journal_is_clear();
+        self.granted(false)
     }
 
-    fn file_exclusive(&mut self, seat: SeatId, hot_journal: bool) -> Attempt {
-        let foreign = |owner: Option<SeatId>| owner.is_some_and(|o| o != seat);
+    fn file_exclusive(&self, hot_journal: bool) -> Attempt {
         let t = &self.table;
-        if !t.file_shared(seat) || foreign(t.reserved) || foreign(t.pending) || foreign(t.exclusive) {
+        let file = &t.words.file.0;
+        if !t.file_shared(self.id) || self.foreign(t.reserved()) || self.file_is_closed() {
             return BUSY;
         }
-        let readers_left = t.other_readers(seat).next().is_some();
-        let may_wait = t.reserved == Some(seat) || hot_journal || planted("exclusive-mode-waits");
-        if readers_left && !may_wait {
-            // Last close, leaving WAL mode, locking_mode=EXCLUSIVE: a question, not a wait.
-            return BUSY;
+        if t.pending() != Some(self.id) {
+            if file.pending.compare_exchange(0, self.id, SeqCst, SeqCst).is_err() {
+                return BUSY;
+            }
+            // Between two looks somebody may have taken RESERVED; it sees PENDING and steps back, or this does.
+            if self.foreign(t.reserved()) || self.foreign(t.exclusive()) {
+                return self.give_pending_back();
+            }
         }
-        self.table.pending = Some(seat);
-        if readers_left {
-            return Attempt::Wait { for_turn: false };
+        if !t.read_by_others(self.id) {
+            file.exclusive.store(self.id, SeqCst);
+            return self.granted(false);
         }
-        self.table.exclusive = Some(seat);
-        self.granted(seat, false)
+        if t.reserved() == Some(self.id) || hot_journal || planted("exclusive-mode-waits") {
+            return WAIT;
+        }
+        // Last close, leaving WAL mode, locking_mode=EXCLUSIVE: a question, not a wait.
+        self.give_pending_back()
+    }
+
+    fn give_pending_back(&self) -> Attempt {
+        let _ = self.table.words.file.0.pending.compare_exchange(self.id, 0, SeqCst, SeqCst);
+        self.wake_sleepers();
+        BUSY
     }
 
     /// Never waits for the slot itself: BUSY at once, wal.c expects it and moves on. But for RECOVER: wal.c asks for
     /// it to find out whether somebody is recovering, and a BUSY there becomes `SQLITE_BUSY_RECOVERY` at once. The
     /// recovery ends by itself.
-    fn shm_shared(&mut self, seat: SeatId, slots: Slots) -> Attempt {
+    fn shm_shared(&self, slots: Slots) -> Attempt {
         let Some(mask) = slots.mask() else { return BUSY };
-        match self.table.try_slots_shared(seat, mask) {
-            true => self.granted(seat, false),
-            false if slots.is_recover() && !planted("recovery-is-busy") => Attempt::Wait { for_turn: false },
+        match self.table.try_slots_shared(self.id, mask) {
+            true => self.granted(false),
+            false if slots.is_recover() && !planted("recovery-is-busy") => WAIT,
             false => BUSY,
         }
     }
 
-    fn shm_exclusive(&mut self, seat: SeatId, slots: Slots, now: Instant) -> Attempt {
+    fn shm_exclusive(&self, slots: Slots, blocking: bool) -> Attempt {
         let Some(mask) = slots.mask() else { return BUSY };
         if !slots.is_write() {
-            return match self.table.try_slots_exclusive(seat, mask) {
-                true => self.granted(seat, false),
-                false => BUSY,
-            };
+            if self.table.try_slots_exclusive(self.id, mask) {
+                return self.granted(false);
+            }
+            // Somebody may have found RECOVER taken in that moment, and waits for the end of that recovery.
+            if mask & 1 << slot::RECOVER != 0 && !planted("recovery-not-called-off") {
+                self.wake_sleepers();
+            }
+            return BUSY;
         }
-        let reads = self.table.shared_holds(seat).slots & slot::READ_MASK != 0;
-        if reads && !self.turn.held_by(seat) {
+        let in_turn = self.table.reads(self.id) || self.write_is_checkpoint(blocking);
+        let had_turn = self.has_turn();
+        if in_turn && !had_turn {
             // An upgrade: whoever has the turn will make this snapshot stale, so waiting cannot help.
             // The lock is looked at first: a turn must not be taken for a BUSY.
-            if self.table.slots_blocked_by(seat, mask).next().is_some()
-                || !self.turn.try_take(seat, None, false, now)
-            {
+            if self.foreign(self.table.slot_owner(slot::WRITE)) || !self.take_turn(0) {
                 return BUSY;
             }
         }
-        // With the turn, and in recovery, only a recovery or a checkpoint stands in the way: wait.
-        match self.table.try_slots_exclusive(seat, mask) {
-            true => self.granted(seat, false),
-            false => Attempt::Wait { for_turn: false },
+        if !self.table.try_slots_exclusive(self.id, mask) {
+            // With the turn, and in recovery, only a recovery or a checkpoint stands in the way: wait.
+            return WAIT;
         }
+        if in_turn && !self.turn().confirm(self.id) {
+            // Taken back between the two: whoever has it now would meet this writer.
+            self.table.release_slots_exclusive(self.id, mask);
+            self.wake_sleepers();
+            return BUSY;
+        }
+        self.granted(false)
     }
 }

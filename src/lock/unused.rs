@@ -1,10 +1,12 @@
 //! Turns that nobody uses: taken for a statement that turns out to write elsewhere, or left behind.
 
 use super::SeatId;
-use super::locks::Locks;
 use super::slot;
+use super::turn::Turn;
 use crate::planted::planted;
-use std::time::{Duration, Instant};
+use crate::segment::atomic::SeqCst;
+use crate::segment::layout::{FOR_GUESS, FOR_TRANSACTION};
+use std::time::Duration;
 
 /// A turn taken ahead of a snapshot is suspect after this long without the write lock, when somebody waits: the
 /// statement writes elsewhere (a temp table, another file), or its thread has not been given the processor yet.
@@ -16,50 +18,63 @@ pub const UNUSED_TURN: Duration = Duration::from_millis(20);
 /// makes the next try fail too).
 pub const IDLE_TURN: Duration = Duration::from_millis(1);
 
-/// A turn that somebody waits for and its seat does not use.
+/// A turn that is not in use, as it was seen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unused {
     pub seat: SeatId,
-    /// Since when it could have been used.
-    pub since: Instant,
+    /// The seat's count of lock calls: another count, another look.
+    pub calls: u32,
+    pub thread: u32,
     /// The seat holds no lock at all.
     pub idle: bool,
+    /// The turn was taken for a whole transaction, which is likely to write.
+    pub guessed: bool,
 }
 
-impl Locks {
-    /// When a turn that somebody waits for becomes suspect.
-    pub fn next_deadline(&self) -> Option<Instant> {
-        if !self.turn.somebody_waits() {
-            return None;
-        }
-        self.unused().map(|u| u.since + if u.idle { IDLE_TURN } else { UNUSED_TURN })
-    }
+/// A turn taken for a transaction that is only likely to write becomes suspect after this long, and is then taken
+/// back.
+pub const GUESSED_TURN: Duration = Duration::from_secs(1);
 
-    /// The turn that somebody waits for and that has not been used for its time.
-    pub fn suspect(&self, now: Instant) -> Option<Unused> {
-        self.unused().filter(|_| self.next_deadline().is_some_and(|due| now >= due))
+impl Unused {
+    /// How long it may look like this before it is suspect.
+    pub fn patience(&self) -> Duration {
+        match (self.idle, self.guessed) {
+            (true, _) => IDLE_TURN,
+            (_, true) => GUESSED_TURN,
+            _ => UNUSED_TURN,
+        }
     }
+}
 
-    /// Takes a suspect's turn back: it has been running all the while, so its statement writes elsewhere.
-    pub fn revoke(&mut self, seat: SeatId) {
-        if self.turn.end(seat) {
-            self.turns_revoked += 1;
-        }
+/// The holder's turn, if somebody waits for it and it is not in use. `guest`: the locks are not in the table.
+pub fn unused(turn: Turn<'_>, guest: bool, used: impl Fn(SeatId) -> bool) -> Option<Unused> {
+    let word = turn.load();
+    let seat = word.holder()?;
+    let table = turn.table;
+    let words = table.seat(seat)?;
+    turn.first()?;
+    if uses(turn, seat) || used(seat) || words.waiting.load(SeqCst) != 0 {
+        return None;
     }
+    let reads = guest || table.reads(seat) || (table.file_shared(seat) && !table.wal_open(seat));
+    if planted(if reads { "unused-turn-kept" } else { "idle-turn-kept" }) {
+        return None;
+    }
+    let turn_for = words.turn_for.load(SeqCst);
+    if reads && turn_for == FOR_TRANSACTION {
+        return None;
+    }
+    let guessed = turn_for == FOR_GUESS;
+    Some(Unused {
+        seat,
+        guessed,
+        calls: words.calls.load(SeqCst),
+        thread: words.thread.load(SeqCst),
+        idle: !reads,
+    })
+}
 
-    /// The holder's turn, if it is not in use.
-    fn unused(&self) -> Option<Unused> {
-        let h = self.turn.holder()?;
-        let writes = self.table.slot_owner(slot::WRITE) == Some(h.seat) || self.table.file_write_held(h.seat);
-        if writes || h.used || self.ticket_of.contains_key(&h.seat) {
-            return None;
-        }
-        let holds = self.table.shared_holds(h.seat);
-        let reads =
-            self.guest || holds.slots & slot::READ_MASK != 0 || (holds.file && !self.wal.contains(&h.seat));
-        if planted(if reads { "unused-turn-kept" } else { "idle-turn-kept" }) {
-            return None;
-        }
-        Some(Unused { seat: h.seat, since: h.since.max(self.touched), idle: !reads })
-    }
+/// The seat has a write lock.
+pub fn uses(turn: Turn<'_>, seat: SeatId) -> bool {
+    turn.table.slot_owner(slot::WRITE) == Some(seat) || turn.table.file_write_held(seat)
 }

@@ -1,11 +1,15 @@
-//! The control memfd, byte for byte. The broker writes it and members map it read-only. Read-write members have a
-//! descriptor that they could write through: the broker believes nothing that it reads there.
+//! The control memfd, byte for byte: [`Control`]. The broker makes it; every read-write member maps it writable
+//! and takes its locks and turns there. Read-only members map it read-only and use the socket lane.
+//!
+//! What a member can write, another member that may write the same database must be able to stand, and nobody
+//! else sees it. The broker believes nothing that it reads here: every number is checked before it is used.
 
+use super::atomic::{AtomicU32, AtomicU64};
+#[cfg(not(feature = "loom"))]
 use std::mem::{offset_of, size_of};
-use std::sync::atomic::AtomicU32;
 
-/// Size of the control memfd in bytes: one page on every supported platform's smallest page size.
-pub const CONTROL_SIZE: usize = 4096;
+/// Size of the control memfd in bytes.
+pub const CONTROL_SIZE: usize = 4096 + MAX_SEATS * 128;
 /// Size of the wal-index memfd in bytes. Sparse: 1 GiB of wal-index describes a WAL of 128 Mi frames, more than
 /// any WAL that SQLite's own limits let grow in practice.
 pub const WAL_INDEX_SIZE: usize = 1 << 30;
@@ -15,36 +19,225 @@ pub const LIVENESS_SIZE: usize = 4096;
 pub const REGION_SIZE: usize = 32 * 1024;
 /// Regions that fit the wal-index memfd.
 pub const MAX_REGIONS: u32 = (WAL_INDEX_SIZE / REGION_SIZE) as u32;
+/// Seats of one database. Seat numbers are 1 to this; 0 is nobody.
+#[cfg(not(feature = "loom"))]
+pub const MAX_SEATS: usize = 1024;
+/// As few as fill a word: a model makes them anew for every run.
+#[cfg(feature = "loom")]
+pub const MAX_SEATS: usize = 64;
+/// Words of a bitmap with a bit a seat.
+pub const BITMAP_WORDS: usize = MAX_SEATS / 64;
+/// Entries of [`Control::learned`].
+pub const LEARNED: usize = 256;
 
 pub const MAGIC: [u8; 8] = *b"trnstile";
-/// Changes with any change of [`Control`].
-pub const LAYOUT_VERSION: u32 = 1;
+/// Changes with any change of what lies behind [`Header`].
+pub const LAYOUT_VERSION: u32 = 2;
 
-/// The control memfd's only page.
-#[repr(C)]
-pub struct Control {
+/// The beginning of the control memfd: the same in every layout version, so that a client of another version can
+/// still use the socket lane with it.
+#[repr(C, align(64))]
+pub struct Header {
     /// [`MAGIC`]. Written once, before any member sees the memfd.
     pub magic: [u8; 8],
     /// [`LAYOUT_VERSION`]. Written once.
     pub layout_version: u32,
     /// Non-zero: this segment must not be used any more (the gate is gone, or the broker stopped). Written by
     /// the broker once, from 0; read by members after each page read and before each write of database and WAL.
-    /// A crash leaves 0:
-    /// then the gate still stands, because every member holds it.
+    /// A crash leaves 0: then the gate still stands, because every member holds it.
     pub poisoned: AtomicU32,
     /// Random; repeated in the broker's reply to Join. Both sides see the same memory or the join is refused.
     pub nonce: u64,
-    /// Wal-index regions handed out so far. Written by the broker after the region's pages were allocated, so a
-    /// member that reads n may touch n regions. Never shrinks.
+    /// Wal-index regions handed out so far. Raised (never lowered) by whoever has just allocated their pages, so
+    /// a member that reads n may touch n regions. A crash before the raise leaves pages allocated and unused.
     pub regions: AtomicU32,
-    pub reserved: [u32; 1],
+    pub reserved: [u32; 9],
 }
 
+/// A value alone on its cache line.
+#[repr(C, align(64))]
+#[derive(Debug, Default)]
+pub struct Line<T>(pub T);
+
+/// Owners of WRITE, CHECKPOINT and RECOVER: seat numbers, 0 for none. A seat takes a word by compare-and-swap from
+/// 0 and stores 0 to give it back. A crash leaves the dead seat's number; the broker swaps it for 0.
+pub type WriterSlots = [AtomicU32; 3];
+/// Owners of the five read slots, likewise. Apart from the writers': readers look at these.
+pub type ReaderSlots = [AtomicU32; 5];
+
+/// The file locks' owners, likewise, and what goes with them.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub struct FileWords {
+    pub reserved: AtomicU32,
+    pub pending: AtomicU32,
+    pub exclusive: AtomicU32,
+    /// [`PROBATION_OPEN`], [`PROBATION_OVER`], or the one seat admitted to SHARED. Open at first, and again when
+    /// the broker clears a seat that died over a rollback journal.
+    pub probation: AtomicU32,
+    /// The seat that is opening the wal-index and finding out whether it is alone. Owner word as above.
+    pub opening: AtomicU32,
+    /// The seat that is lowering hints: one at a time. Owner word as above.
+    pub lowering: AtomicU32,
+}
+
+/// Nobody has looked for a hot journal yet. Zero: what a fresh page says.
+pub const PROBATION_OPEN: u32 = 0;
+/// There is no hot journal.
+pub const PROBATION_OVER: u32 = u32::MAX;
+
+/// The words of the database's locks and of its turn.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub struct LockWords {
+    /// Who has the turn; see `lock::turn` for its bits. Changed by compare-and-swap only, every change with a new
+    /// generation. A crash leaves it with the dead seat; the broker frees it.
+    pub turn: Line<AtomicU64>,
+    /// The last ticket drawn. Only ever incremented; a crash wastes a number.
+    pub tickets: Line<AtomicU64>,
+    pub writers: Line<WriterSlots>,
+    pub readers: Line<ReaderSlots>,
+    pub file: Line<FileWords>,
+    /// Non-zero: a seat of [`Bitmaps::sleepers`] may be asleep. Set by sleepers, cleared by whoever wakes them all. A
+    /// crash between the two leaves them asleep: the broker wakes them when it clears a seat.
+    pub sleepy: Line<AtomicU32>,
+    /// Statistics, for `status`: lines found standing still by the supervisor (a bug if it is ever not 0), and
+    /// seats at the head of the line that did not come for their turn.
+    pub counters: Line<[AtomicU32; 2]>,
+}
+
+/// Bitmaps with a bit a seat (seat n is bit n-1).
+#[repr(C)]
+#[derive(Debug, Default)]
+pub struct Bitmaps {
+    /// Seats that are taken. Written by the broker.
+    pub members: [AtomicU64; BITMAP_WORDS],
+    /// Seats that stand in the line for the turn. Each sets and clears its own bit; the broker a dead one's.
+    pub line: [AtomicU64; BITMAP_WORDS],
+    /// Seats that sleep for something else than the turn. Likewise.
+    pub sleepers: [AtomicU64; BITMAP_WORDS],
+    /// Seats that may hold a wal-index slot shared, two bits a seat; see `lock::hints`. Written by all members. A
+    /// crash leaves a seat that is looked at in vain.
+    pub slot_hints: [AtomicU64; 2 * BITMAP_WORDS],
+    /// The same for SHARED and the open wal-index.
+    pub file_hints: [AtomicU64; 2 * BITMAP_WORDS],
+}
+
+/// What one seat says of itself. Written by the seat alone, except where it says otherwise; when the seat is dead,
+/// by the broker, which zeroes all of it. A crash leaves what was there.
+#[repr(C, align(128))]
+#[derive(Debug, Default)]
+pub struct SeatWords {
+    /// Wal-index slots held shared, a bit each.
+    pub slots: AtomicU32,
+    /// [`FILE_SHARED`] and [`WAL_OPEN`].
+    pub file: AtomicU32,
+    /// Counts lock calls: the supervisor sees by it that a holder moves on.
+    pub calls: AtomicU32,
+    /// Kernel's id of the thread that last took the turn or began to wait.
+    pub thread: AtomicU32,
+    /// When the seat last took the turn, `CLOCK_MONOTONIC_COARSE` in milliseconds.
+    pub turn_since: AtomicU64,
+    /// Tells connections of one process apart: two seats of one connection never wait for each other.
+    pub connection: AtomicU64,
+    /// What the seat's turn is for: 0, a statement; [`FOR_TRANSACTION`] or [`FOR_GUESS`], the whole transaction, so
+    /// that a write lock may follow much later.
+    pub turn_for: AtomicU32,
+    pub reserved: [u32; 7],
+    /// Place in the line, 0 when not in it. The broker may replace it by a later one when the seat, being first,
+    /// does not come for its turn.
+    pub ticket: AtomicU64,
+    /// The futex that the seat sleeps on: [`RUNNING`], [`PARKED`], [`NAPPING`], [`ARRIVED`] (by the seat),
+    /// [`NOTIFIED`] (by its waker).
+    pub park: AtomicU32,
+    /// The broker waits on behalf of this seat (socket lane): it is woken by a message. Written by the broker.
+    pub brokered: AtomicU32,
+    /// What it waits for: a code of `lock::Ask`, 0 for nothing.
+    pub waiting: AtomicU32,
+    /// Set by the broker: the wait closes a cycle and ends.
+    pub ended: AtomicU32,
+    /// When the wait began, `CLOCK_MONOTONIC_COARSE` in milliseconds.
+    pub since: AtomicU64,
+    pub reserved2: [u64; 4],
+}
+
+/// [`SeatWords::turn_for`]: a transaction that was said to write.
+pub const FOR_TRANSACTION: u32 = 1;
+/// [`SeatWords::turn_for`]: a transaction like others that wrote.
+pub const FOR_GUESS: u32 = 2;
+
+/// [`SeatWords::file`]: SHARED is held.
+pub const FILE_SHARED: u32 = 1;
+/// [`SeatWords::file`]: the wal-index is open.
+pub const WAL_OPEN: u32 = 2;
+
+/// [`SeatWords::park`]: awake; it looks again before it sleeps.
+pub const RUNNING: u32 = 0;
+/// Asleep until it is woken.
+pub const PARKED: u32 = 1;
+/// Woken, and on its way.
+pub const NOTIFIED: u32 = 2;
+/// First in the line and asleep for the rest of the holder's streak: it wakes by itself, or for an offer.
+pub const NAPPING: u32 = 3;
+/// Awake, and looking for its turn.
+pub const ARRIVED: u32 = 4;
+
+/// The control memfd.
+#[repr(C)]
+pub struct Control {
+    pub header: Header,
+    pub locks: LockWords,
+    pub bitmaps: Bitmaps,
+    pub reserved: [u8; 576],
+    /// What statements have shown of themselves; see `lock::learned`. Any value is harmless. Written by members.
+    pub learned: [AtomicU64; LEARNED],
+    pub seats: [SeatWords; MAX_SEATS],
+}
+
+#[cfg(not(feature = "loom"))]
 const _: () = {
-    assert!(offset_of!(Control, magic) == 0);
-    assert!(offset_of!(Control, layout_version) == 8);
-    assert!(offset_of!(Control, poisoned) == 12);
-    assert!(offset_of!(Control, nonce) == 16);
-    assert!(offset_of!(Control, regions) == 24);
-    assert!(size_of::<Control>() == 32 && size_of::<Control>() <= CONTROL_SIZE);
+    assert!(offset_of!(Header, magic) == 0);
+    assert!(offset_of!(Header, layout_version) == 8);
+    assert!(offset_of!(Header, poisoned) == 12);
+    assert!(offset_of!(Header, nonce) == 16);
+    assert!(offset_of!(Header, regions) == 24);
+    assert!(size_of::<Header>() == 64);
+    assert!(offset_of!(LockWords, turn) == 0);
+    assert!(offset_of!(LockWords, tickets) == 64);
+    assert!(offset_of!(LockWords, writers) == 128);
+    assert!(offset_of!(LockWords, readers) == 192);
+    assert!(offset_of!(LockWords, file) == 256);
+    assert!(offset_of!(LockWords, sleepy) == 320);
+    assert!(offset_of!(LockWords, counters) == 384);
+    assert!(offset_of!(FileWords, reserved) == 0);
+    assert!(offset_of!(FileWords, pending) == 4);
+    assert!(offset_of!(FileWords, exclusive) == 8);
+    assert!(offset_of!(FileWords, probation) == 12);
+    assert!(offset_of!(FileWords, opening) == 16);
+    assert!(offset_of!(FileWords, lowering) == 20);
+    assert!(offset_of!(Bitmaps, members) == 0);
+    assert!(offset_of!(Bitmaps, line) == 128);
+    assert!(offset_of!(Bitmaps, sleepers) == 256);
+    assert!(offset_of!(Bitmaps, slot_hints) == 384);
+    assert!(offset_of!(Bitmaps, file_hints) == 640);
+    assert!(offset_of!(SeatWords, slots) == 0);
+    assert!(offset_of!(SeatWords, file) == 4);
+    assert!(offset_of!(SeatWords, calls) == 8);
+    assert!(offset_of!(SeatWords, thread) == 12);
+    assert!(offset_of!(SeatWords, turn_since) == 16);
+    assert!(offset_of!(SeatWords, connection) == 24);
+    assert!(offset_of!(SeatWords, turn_for) == 32);
+    // What others write is on a line of its own.
+    assert!(offset_of!(SeatWords, ticket) == 64);
+    assert!(offset_of!(SeatWords, park) == 72);
+    assert!(offset_of!(SeatWords, brokered) == 76);
+    assert!(offset_of!(SeatWords, waiting) == 80);
+    assert!(offset_of!(SeatWords, ended) == 84);
+    assert!(offset_of!(SeatWords, since) == 88);
+    assert!(size_of::<SeatWords>() == 128);
+    assert!(offset_of!(Control, locks) == 64);
+    assert!(offset_of!(Control, bitmaps) == 512);
+    assert!(offset_of!(Control, learned) == 2048 - 64);
+    assert!(offset_of!(Control, seats) == 4096);
+    assert!(size_of::<Control>() == CONTROL_SIZE);
 };

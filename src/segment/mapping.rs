@@ -1,65 +1,128 @@
-//! Shared mappings of the segment's memfds.
+//! Mappings of the control memfd.
 
-use super::layout::{CONTROL_SIZE, Control, LAYOUT_VERSION, MAGIC};
+use super::atomic::{AtomicU32, SeqCst};
+use super::layout::{CONTROL_SIZE, Control, Header, LAYOUT_VERSION, MAGIC};
 use memmap2::{MmapOptions, MmapRaw};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::Ordering;
 
-/// The control page, mapped read-only by members and writable by the broker.
+/// [`Header::poisoned`]: the segment must not be used any more.
+const POISONED: u32 = 1;
+/// [`Header::poisoned`]: the broker is stopping; no new transactions.
+const STOPPING: u32 = 2;
+
+/// The control memfd, mapped: writable by the broker and by read-write members of the same layout version, else
+/// read-only.
 #[derive(Debug)]
 pub struct ControlMap {
     map: MmapRaw,
+    /// Only the header may be used: another layout version.
+    header_only: bool,
 }
 
 impl ControlMap {
     /// The broker's: writes the constant fields, then hands the memfd out.
     pub fn create(fd: &OwnedFd, nonce: u64) -> io::Result<ControlMap> {
-        let map = MmapOptions::new().len(CONTROL_SIZE).map_raw(fd)?;
-        let p = map.as_mut_ptr().cast::<Control>();
-        // SAFETY: the mapping is a fresh zeroed page that no other process has seen yet, large enough and aligned
+        ControlMap::begin(MmapOptions::new().len(CONTROL_SIZE).map_raw(fd)?, nonce)
+    }
+
+    /// The broker's own, for a database whose locks are not in a segment (guest mode).
+    pub fn private() -> io::Result<ControlMap> {
+        ControlMap::begin(MmapOptions::new().len(CONTROL_SIZE).map_anon()?.into(), 0)
+    }
+
+    fn begin(map: MmapRaw, nonce: u64) -> io::Result<ControlMap> {
+        let p = map.as_mut_ptr().cast::<Header>();
+        // SAFETY: the mapping is fresh zeroed memory that no other process has seen yet, large enough and aligned
         // for Control (asserted in layout.rs).
         unsafe {
             (*p).magic = MAGIC;
             (*p).layout_version = LAYOUT_VERSION;
             (*p).nonce = nonce;
         }
-        Ok(ControlMap { map })
+        Ok(ControlMap { map, header_only: false })
     }
 
     /// A member's. Fails when the memory is not what the broker announced.
-    pub fn open(fd: &OwnedFd, nonce: u64) -> io::Result<ControlMap> {
-        let map = MmapOptions::new().len(CONTROL_SIZE).map_raw_read_only(fd)?;
-        let map = ControlMap { map };
-        let c = map.get();
-        if c.magic != MAGIC || c.layout_version != LAYOUT_VERSION || c.nonce != nonce {
-            return Err(io::Error::other("the broker's shared memory is not the memory it announced"));
+    pub fn open(fd: &OwnedFd, nonce: u64, writable: bool) -> io::Result<ControlMap> {
+        let wrong = || io::Error::other("the broker's shared memory is not the memory it announced");
+        let size = usize::try_from(nix::sys::stat::fstat(fd)?.st_size).map_err(io::Error::other)?;
+        if size < size_of::<Header>() {
+            return Err(wrong());
         }
+        let mut options = MmapOptions::new();
+        let map = match writable {
+            true => options.len(size).map_raw(fd)?,
+            false => options.len(size).map_raw_read_only(fd)?,
+        };
+        let mut map = ControlMap { map, header_only: true };
+        let header = map.header();
+        if header.magic != MAGIC || header.nonce != nonce {
+            return Err(wrong());
+        }
+        let other_version =
+            header.layout_version != LAYOUT_VERSION || crate::planted::planted("other-layout-version");
+        map.header_only = other_version || size != CONTROL_SIZE;
         Ok(map)
     }
 
-    fn get(&self) -> &Control {
-        // SAFETY: mapped for self's lifetime and sealed against shrinking. The non-atomic fields are written
-        // before the descriptor is handed out and never again.
-        unsafe { &*self.map.as_ptr().cast::<Control>() }
+    fn header(&self) -> &Header {
+        // SAFETY: mapped for self's lifetime, at least this large, sealed against shrinking. The non-atomic fields
+        // are written before the descriptor is handed out and never again.
+        unsafe { &*self.map.as_ptr().cast::<Header>() }
     }
 
-    /// Non-zero once the segment must not be used. SeqCst: it must not be read before the page read that it
-    /// judges; the cost is that of a plain load on x86.
+    /// All of it; `None`: its layout is another version's.
+    pub fn control(&self) -> Option<&Control> {
+        // SAFETY: as `header`; the size was compared with Control's, of which everything else is atomics.
+        (!self.header_only).then(|| unsafe { &*self.map.as_ptr().cast::<Control>() })
+    }
+
+    /// Address and length of the mapping.
+    pub fn extent(&self) -> (usize, usize) {
+        (self.map.as_ptr() as usize, self.map.len())
+    }
+
+    /// Non-zero once the segment must not be used. SeqCst: it must not be read before the page read, or after the
+    /// lock, that it judges; the cost is that of a plain load on x86.
     pub fn poisoned(&self) -> bool {
-        self.get().poisoned.load(Ordering::SeqCst) != 0
+        self.state() == POISONED
+    }
+
+    /// The broker is stopping: no new transactions.
+    pub fn stopping(&self) -> bool {
+        self.state() == STOPPING
+    }
+
+    /// Neither poisoned nor stopping.
+    #[inline]
+    pub fn is_open(&self) -> bool {
+        self.state() == 0
+    }
+
+    fn state(&self) -> u32 {
+        self.header().poisoned.load(SeqCst)
     }
 
     pub fn poison(&self) {
-        self.get().poisoned.store(1, Ordering::SeqCst);
+        self.header().poisoned.store(POISONED, SeqCst);
     }
 
-    /// Regions that may be touched. SeqCst pairs with [`ControlMap::set_regions`], which follows the allocation.
+    pub fn stop(&self) {
+        let _ = self.header().poisoned.compare_exchange(0, STOPPING, SeqCst, SeqCst);
+    }
+
+    /// Regions that may be touched. SeqCst pairs with [`ControlMap::raise_regions`], which follows the allocation.
     pub fn regions(&self) -> u32 {
-        self.get().regions.load(Ordering::SeqCst)
+        self.regions_word().load(SeqCst)
     }
 
-    pub fn set_regions(&self, regions: u32) {
-        self.get().regions.store(regions, Ordering::SeqCst);
+    /// At least `regions` regions have been allocated.
+    pub fn raise_regions(&self, regions: u32) {
+        self.regions_word().fetch_max(regions, SeqCst);
+    }
+
+    fn regions_word(&self) -> &AtomicU32 {
+        &self.header().regions
     }
 }

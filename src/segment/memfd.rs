@@ -19,13 +19,15 @@ pub fn create(name: &CStr, size: usize) -> nix::Result<OwnedFd> {
     Ok(fd)
 }
 
-/// True if `fd` is a memfd with this size and all three seals: what a member checks before it maps what it was
-/// sent.
-pub fn is_sealed(fd: impl AsFd, size: usize) -> bool {
+/// True if `fd` is a memfd with all three seals.
+pub fn is_sealed(fd: impl AsFd) -> bool {
     // Only a memfd answers F_GET_SEALS; no other file is asked anything.
-    let sealed = fcntl(&fd, FcntlArg::F_GET_SEALS)
-        .is_ok_and(|bits| SealFlag::from_bits_truncate(bits).contains(seals()));
-    sealed && nix::sys::stat::fstat(&fd).is_ok_and(|st| st.st_size == size as i64)
+    fcntl(&fd, FcntlArg::F_GET_SEALS).is_ok_and(|bits| SealFlag::from_bits_truncate(bits).contains(seals()))
+}
+
+/// And of this size: what a member checks before it maps what it was sent.
+pub fn is_sealed_to(fd: impl AsFd, size: usize) -> bool {
+    is_sealed(&fd) && nix::sys::stat::fstat(&fd).is_ok_and(|st| st.st_size == size as i64)
 }
 
 /// Allocates the pages of `[offset, offset + len)`, so that touching them cannot fail later for want of memory.

@@ -23,6 +23,19 @@ fn file_control<T>(
     (rc == ffi::SQLITE_OK).then_some(out)
 }
 
+/// Whether the connection's main database is brokered.
+pub fn is_brokered(library: &Library, db: *mut ffi::sqlite3) -> bool {
+    let op = ffi::SQLITE_FCNTL_FILE_POINTER;
+    let file = file_control(library, db, c"main", op, ptr::null_mut::<ffi::sqlite3_file>());
+    let Some(file) = file.filter(|f| !f.is_null()) else { return false };
+    // SAFETY: SQLite's pointer to the database's file; wrapped, and no callback of it is running.
+    unsafe {
+        !(*file).pMethods.is_null()
+            && Wrapped::is_wrapped(file)
+            && matches!(&Wrapped::of(file).kind, Kind::Main(main) if main.seat().is_some())
+    }
+}
+
 /// Adopts every database of the connection. On error nothing half-works: what could not be adopted stays plain
 /// and the caller fails the load.
 pub fn connection(library: &'static Library, db: *mut ffi::sqlite3) -> Result<(), String> {

@@ -2,7 +2,7 @@
 //! process can hold two SQLite libraries that both load the same extension.
 
 use libsqlite3_sys as ffi;
-use std::ffi::{CStr, CString, c_char, c_int, c_uchar, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_uchar, c_uint, c_void};
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
@@ -11,6 +11,7 @@ pub const OLDEST_SQLITE: c_int = 3_034_000;
 
 type Db = *mut ffi::sqlite3;
 type Stmt = *mut ffi::sqlite3_stmt;
+type Traced = unsafe extern "C" fn(c_uint, *mut c_void, *mut c_void, *mut c_void) -> c_int;
 
 /// The routines, in the order of `struct turnstile_api` in `c/api.c`.
 #[repr(C)]
@@ -32,6 +33,8 @@ pub struct Routines {
     pub step: unsafe extern "C" fn(Stmt) -> c_int,
     pub column_text: unsafe extern "C" fn(Stmt, c_int) -> *const c_uchar,
     pub finalize: unsafe extern "C" fn(Stmt) -> c_int,
+    pub get_autocommit: unsafe extern "C" fn(Db) -> c_int,
+    pub trace_v2: unsafe extern "C" fn(Db, c_uint, Option<Traced>, *mut c_void) -> c_int,
     pub log: unsafe extern "C" fn(c_int, *const c_char, ...),
     pub mprintf: unsafe extern "C" fn(*const c_char, ...) -> *mut c_char,
     pub uri_parameter: unsafe extern "C" fn(*const c_char, *const c_char) -> *const c_char,

@@ -115,6 +115,8 @@ struct Status<'a> {
     database: &'a str,
     seat: Option<u32>,
     role: Option<&'static str>,
+    /// How lock requests travel: "fast" (in the segment) or "socket" (by messages to the broker).
+    lane: Option<&'static str>,
     socket: Option<String>,
     broker_pid: Option<i32>,
     has_turn: bool,
@@ -141,6 +143,7 @@ impl Status<'_> {
             database: &main.path,
             seat: member.map(|m| m.seat().seat),
             role: member.map(|m| if m.role() == Role::ReadWrite { "read-write" } else { "read-only" }),
+            lane: member.map(|m| m.lane()),
             socket: member.map(|m| m.session().path().display().to_string()),
             broker_pid: member.map(|m| m.session().broker_pid),
             has_turn: main.turn,

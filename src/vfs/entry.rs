@@ -2,6 +2,7 @@
 
 use super::adopt;
 use super::api::{Library, read_routines};
+use super::note;
 use super::open::{delete, open};
 use super::waiting::sleep;
 use crate::client::autostart::own_path;
@@ -44,6 +45,19 @@ pub unsafe extern "C" fn turnstile_auto_init(
 ) -> c_int {
     // SAFETY: by contract.
     unsafe { enter(db, message, routines, false) }
+}
+
+/// An auto-extension of its own: traces each connection that opens on a brokered file. Never fails an open.
+unsafe extern "C" fn trace_new(db: *mut ffi::sqlite3, _: *mut *mut c_char, routines: *const c_void) -> c_int {
+    let _ = catch_unwind(|| {
+        // SAFETY: the arguments that SQLite gives an extension.
+        if let Some(library) = unsafe { read_routines(routines) }.ok().and_then(|api| Library::of_table(&api))
+            && adopt::is_brokered(library, db)
+        {
+            note::trace(library, db);
+        }
+    });
+    ffi::SQLITE_OK
 }
 
 /// # Safety
@@ -145,6 +159,10 @@ fn register(api: super::api::Routines) -> Result<&'static Library, String> {
         (*unix).xOpen = Some(open);
         (*unix).xDelete = Some(delete);
         (*unix).xSleep = Some(sleep);
+        if !crate::planted::planted("no-trace") {
+            // Without it the statements are walked.
+            let _ = (api.auto_extension)(trace_new as *const c_void);
+        }
         if make_default == 0 && !default.is_null() {
             let name = CStr::from_ptr((*default).zName).to_string_lossy().into_owned();
             let text =

@@ -102,8 +102,8 @@ fn try_gated(main: &mut MainFile, level: FileLevel) -> Result<c_int, Lost> {
         return Err(Lost);
     }
     let ahead = level == FileLevel::Shared && main.takes_turn_ahead();
-    if ahead {
-        main.note_rerun();
+    if level == FileLevel::Reserved {
+        main.transaction_writes();
     }
     let request = Request::File { level, hot_journal: main.hot_journal };
     let verdict = main.ask(Ask { request, ahead }, || false)?.verdict;
@@ -111,11 +111,16 @@ fn try_gated(main: &mut MainFile, level: FileLevel) -> Result<c_int, Lost> {
     match verdict {
         Verdict::Granted { turn, probation } => {
             main.turn = turn;
+            match ahead && turn {
+                true => main.note_ahead(),
+                false => main.leave_note(),
+            }
             if level == FileLevel::Shared {
                 main.probation = probation;
                 main.hot_journal = false;
             } else {
                 main.progress();
+                main.write_begins();
             }
             main.level = level;
             Ok(ffi::SQLITE_OK)
@@ -153,6 +158,8 @@ pub fn unlock(file: File, w: &mut Wrapped, level: FileLevel) -> c_int {
     if level == FileLevel::None {
         main.probation = false;
         main.hot_journal = false;
+        main.transaction_ends();
+        main.forget_note();
     }
     let keep_turn = main.keeps_turn_for_rerun(was < FileLevel::Exclusive);
     // A session that is gone has nothing left to give back, and the next lock says so.
@@ -160,6 +167,7 @@ pub fn unlock(file: File, w: &mut Wrapped, level: FileLevel) -> c_int {
         let _ = member.release(Release::File { level, keep_turn });
     }
     main.turn &= keep_turn;
+    main.leave_note();
     ffi::SQLITE_OK
 }
 

@@ -1,7 +1,9 @@
 //! The state of one connection's database file.
 
+use super::ahead::Begun;
 use super::api::Library;
-use super::statement::{self, Connection};
+use super::note::Note;
+use super::statement::Connection;
 use super::waiting::{Rerun, Vain};
 use crate::client::activity::Activity;
 use crate::client::config::Config;
@@ -9,10 +11,11 @@ use crate::client::fork;
 use crate::client::member::Member;
 use crate::lock::{FileLevel, slot};
 use crate::segment::wal_index::{Header, WalIndex};
-use crate::wire::message::{Mode, Role};
+use crate::wire::message::Mode;
 use libsqlite3_sys as ffi;
 use std::ffi::{c_char, c_int};
 use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
 
 /// Who answers for this file's locks.
 #[derive(Debug)]
@@ -51,6 +54,8 @@ pub struct MainFile {
     pub retry_expected: bool,
     /// The statement that last took its turn here, and how often it was prepared anew since, run after run.
     pub(super) rerun: Rerun,
+    /// The transaction that is open, as it began.
+    pub(super) begun: Begun,
     /// The header when the write lock was had: unchanged at its release, nothing was written.
     pub write_basis: Option<Header>,
     /// A write lock was refused: whatever the next transaction does, it takes its turn first.
@@ -63,8 +68,12 @@ pub struct MainFile {
     pub told_timeout: bool,
     /// `SQLITE_FCNTL_LOCK_TIMEOUT`, milliseconds.
     pub lock_timeout: c_int,
+    /// See [`Shared::still_ours`](crate::client::shared::Shared::still_ours).
+    pub checked: u64,
     lost_said: bool,
     pub(super) vain: Option<Vain>,
+    /// The connection's note, and whose it is.
+    note: (usize, Option<Arc<Note>>),
 }
 
 impl std::fmt::Debug for Library {
@@ -98,14 +107,17 @@ impl MainFile {
             turn: false,
             retry_expected: false,
             rerun: Rerun::default(),
+            begun: Begun::default(),
             write_basis: None,
             second_chance: false,
             probation: false,
             hot_journal: false,
             told_timeout: false,
             lock_timeout: 0,
+            checked: 0,
             lost_said: false,
             vain: None,
+            note: (0, None),
         }
     }
 
@@ -142,6 +154,11 @@ impl MainFile {
         self.shared_slots & slot::READ_MASK != 0
     }
 
+    /// No wal-index slot is held.
+    pub fn reads_nothing(&self) -> bool {
+        self.shared_slots == 0 && self.exclusive_slots == 0
+    }
+
     pub fn owns(&self, slot: u8) -> bool {
         self.exclusive_slots & (1 << slot) != 0
     }
@@ -150,11 +167,71 @@ impl MainFile {
         self.connection.handle()
     }
 
-    /// Whether a transaction that begins now takes its turn before its snapshot.
-    pub fn takes_turn_ahead(&self) -> bool {
-        let may_write = self.writable && self.seat().is_some_and(|m| m.role() == Role::ReadWrite);
-        let writes = self.second_chance || statement::writes(&self.library.api, self.db());
-        may_write && writes && !self.waited_out() && !crate::planted::planted("no-turn-ahead")
+    /// What is known of the connection, if it is known which it is.
+    pub(super) fn note(&mut self) -> Option<&Note> {
+        let db = self.db();
+        if self.note.0 != db as usize {
+            self.leave_note();
+            self.note = (db as usize, (!db.is_null()).then(|| Note::of(self.library, db)));
+        }
+        self.note.1.as_deref()
+    }
+
+    /// It is its connection's main database.
+    pub fn is_main(&self) -> bool {
+        let (api, db) = (&self.library.api, self.db());
+        if db.is_null() || self.journal_name.is_null() {
+            return true;
+        }
+        // SAFETY: the connection in whose call we are; the name is its own.
+        unsafe {
+            let main = (api.db_filename)(db, c"main".as_ptr());
+            !main.is_null() && (api.filename_journal)(main) == self.journal_name
+        }
+    }
+
+    /// The turn here was taken ahead.
+    pub fn note_ahead(&mut self) {
+        let file = std::ptr::from_mut(self);
+        if let Some(note) = self.note() {
+            note.set_ahead(file);
+        }
+    }
+
+    /// A write lock has been taken.
+    pub fn write_begins(&self) {
+        if let Some(shared) = self.gated().and_then(|m| m.shared()) {
+            shared.write_begins();
+        }
+    }
+
+    /// The turn here is used, or over.
+    pub fn leave_note(&mut self) {
+        let file = std::ptr::from_mut(self);
+        if let Some(note) = &self.note.1 {
+            note.clear_ahead(file);
+        }
+    }
+
+    /// A lock is asked for here: a turn that the same connection has taken ahead on another file, and not used, is
+    /// not for that file.
+    pub fn leave_other_turn(&mut self) {
+        let file = std::ptr::from_mut(self);
+        let Some(other) = self.note().and_then(|note| note.ahead_elsewhere(file)) else { return };
+        // SAFETY: another file of the connection in whose call we are, under the connection's mutex; it takes
+        // itself out of the note before it goes.
+        let other = unsafe { &mut *other };
+        other.leave_note();
+        if other.gated().is_some_and(Member::went_elsewhere) {
+            other.turn = false;
+        }
+    }
+
+    /// The read transaction is over, and the note with it.
+    pub fn forget_note(&self) {
+        if let Some(note) = &self.note.1 {
+            note.forget();
+        }
     }
 
     /// Whether the rollback journal is there now. An error that is not its absence counts as yes.

@@ -94,7 +94,8 @@ unsafe extern "C" fn close(file: File) -> c_int {
             // SAFETY: the unix VFS's own table, on its own file.
             unsafe { (*real).xClose }.map_or(ffi::SQLITE_OK, |f| unsafe { f(file) })
         };
-        let Kind::Main(main) = kind else { return closed() };
+        let Kind::Main(mut main) = kind else { return closed() };
+        main.leave_note();
         open::forget(&main);
         if main.told_timeout {
             timeouts::forget(main.db());
@@ -193,9 +194,14 @@ fn may_change(w: &mut Wrapped) -> bool {
     if w.inherited() {
         return false;
     }
-    match &w.kind {
-        Kind::Main(main) => main.gated().is_none_or(|m| m.shared().is_none_or(|s| !s.poisoned())),
-        Kind::Companion { wal_of } => wal_of.as_ref().is_none_or(|s| !s.poisoned()),
+    match &mut w.kind {
+        Kind::Main(main) => {
+            let Some(shared) = main.gated().and_then(|m| m.shared()).cloned() else { return true };
+            !shared.poisoned() && shared.still_ours(&mut main.checked)
+        }
+        Kind::Companion { wal_of, checked } => {
+            wal_of.as_ref().is_none_or(|s| !s.poisoned() && s.still_ours(checked))
+        }
     }
 }
 
@@ -243,8 +249,8 @@ unsafe extern "C" fn shm_lock(file: File, first: c_int, count: c_int, flags: c_i
 }
 
 unsafe extern "C" fn shm_barrier(file: File) {
-    call(file, 0, |w| {
-        shm::barrier(file, w);
+    guarded(0, || {
+        shm::barrier(file, state(file));
         0
     });
 }

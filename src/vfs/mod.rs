@@ -8,6 +8,7 @@
 //!   how long its statement waits.
 
 mod adopt;
+mod ahead;
 mod api;
 mod control;
 pub mod entry;
@@ -15,6 +16,7 @@ mod join;
 mod locks;
 mod main_file;
 mod methods;
+mod note;
 mod open;
 mod shm;
 mod statement;

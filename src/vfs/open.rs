@@ -233,7 +233,7 @@ fn opened_companion(name: *const c_char, file: File, flags: c_int) {
     let wal = flags & ffi::SQLITE_OPEN_WAL != 0;
     let wal_of = main.gated().filter(|_| wal).and_then(|m| m.shared().cloned());
     // SAFETY: just opened by the unix VFS.
-    unsafe { Wrapped::wrap(file, Kind::Companion { wal_of }) };
+    unsafe { Wrapped::wrap(file, Kind::Companion { wal_of, checked: 0 }) };
 }
 
 /// `xDelete` of both VFSes: a forked child must not delete its parent's journal or WAL.

@@ -13,8 +13,12 @@ use libsqlite3_sys as ffi;
 use std::ffi::{c_int, c_void};
 use std::ptr;
 use std::sync::atomic::{Ordering, fence};
+use std::time::{Duration, Instant};
 
 type File = *mut ffi::sqlite3_file;
+
+/// How long a checkpoint waits for its turn; then it goes on without.
+const CHECKPOINT_PATIENCE: Duration = Duration::from_millis(10);
 
 pub fn map(
     file: File,
@@ -131,6 +135,7 @@ fn acquire(main: &mut MainFile, slots: Slots, shared: bool) -> Result<c_int, Los
         true if slots.is_one_read() => acquire_read(main, slots),
         true => plain_request(main, Request::ShmShared(slots), slots),
         false if slots.is_write() => acquire_write(main, slots),
+        false if slots.is_checkpoint() => acquire_checkpoint(main, slots),
         false => plain_request(main, Request::ShmExclusive { slots, blocking: false }, slots),
     }
 }
@@ -145,6 +150,19 @@ fn plain_request(main: &mut MainFile, request: Request, slots: Slots) -> Result<
     Ok(ffi::SQLITE_OK)
 }
 
+/// A checkpoint begins: in a turn of its own if that is to be had soon. While others append, it never comes to the
+/// WAL's end, the WAL is never begun anew, and from then on every commit ends with a checkpoint that syncs.
+fn acquire_checkpoint(main: &mut MainFile, slots: Slots) -> Result<c_int, Lost> {
+    let request = Request::ShmExclusive { slots, blocking: false };
+    let ahead = main.reads_nothing() && !crate::planted::planted("checkpoint-beside-writers");
+    let begun = Instant::now();
+    let verdict = main.ask(Ask { request, ahead }, || begun.elapsed() >= CHECKPOINT_PATIENCE)?.verdict;
+    let Verdict::Granted { turn, .. } = verdict else { return Ok(ffi::SQLITE_BUSY) };
+    main.turn = turn;
+    note_held(main, slots, false);
+    Ok(ffi::SQLITE_OK)
+}
+
 fn note_held(main: &mut MainFile, slots: Slots, shared: bool) {
     let mask = slots.mask().unwrap_or(0);
     match shared {
@@ -156,25 +174,29 @@ fn note_held(main: &mut MainFile, slots: Slots, shared: bool) {
 /// A read transaction begins: the turn first if it will write, then the snapshot.
 fn acquire_read(main: &mut MainFile, slots: Slots) -> Result<c_int, Lost> {
     main.retry_expected = false;
-    let ahead = main.takes_turn_ahead();
-    if ahead {
-        main.note_rerun();
-    }
+    // walRestartLog takes a read slot inside a commit: no transaction begins.
+    let ahead = !main.owns(slot::WRITE) && main.takes_turn_ahead();
     let read_slot = slots.mask().unwrap_or(0).trailing_zeros() as u8;
-    let before = main.snapshot_basis(read_slot);
+    let before = if ahead { main.snapshot_basis(read_slot) } else { None };
     let outcome = main.ask(Ask { request: Request::ShmShared(slots), ahead }, || false)?;
     main.second_chance &= !ahead;
     let Verdict::Granted { turn, .. } = outcome.verdict else { return Ok(ffi::SQLITE_BUSY) };
     main.turn = turn;
+    if ahead && turn {
+        main.note_ahead();
+    }
     note_held(main, slots, true);
     // What SQLite compares has changed while we waited: it will drop this lock and ask again. That unlock is
     // not the end of the transaction.
-    main.retry_expected = turn && before != main.snapshot_basis(read_slot);
+    main.retry_expected = ahead && turn && before != main.snapshot_basis(read_slot);
     Ok(ffi::SQLITE_OK)
 }
 
 fn acquire_write(main: &mut MainFile, slots: Slots) -> Result<c_int, Lost> {
     let blocking = main.lock_timeout > 0;
+    if main.reads() {
+        main.transaction_writes();
+    }
     let request = Request::ShmExclusive { slots, blocking };
     let ask = Ask { request, ahead: false };
     let ordinary = main.reads() || main.owns(slot::CHECKPOINT) || blocking;
@@ -193,10 +215,12 @@ fn acquire_write(main: &mut MainFile, slots: Slots) -> Result<c_int, Lost> {
     match verdict {
         Verdict::Granted { turn, .. } => {
             main.turn = turn;
+            main.leave_note();
+            main.write_begins();
             if ordinary {
                 main.progress();
             }
-            main.write_basis = main.wal_index.map(|i| i.header());
+            main.write_basis = main.wal_index.filter(|_| main.reruns()).map(|i| i.header());
             note_held(main, slots, false);
             Ok(ffi::SQLITE_OK)
         }
@@ -213,13 +237,21 @@ fn release(main: &mut MainFile, slots: Slots, shared: bool) -> Result<c_int, Los
         true => {
             main.shared_slots &= !mask;
             let retry = std::mem::take(&mut main.retry_expected);
+            if slots.is_one_read() {
+                if !retry && !main.owns(slot::WRITE) {
+                    main.transaction_ends();
+                }
+                main.forget_note();
+                main.leave_note();
+            }
             let keep_turn = slots.is_one_read() && (retry || main.keeps_turn_for_rerun(true));
             Release::ShmShared { slots, keep_turn }
         }
         false => {
             main.exclusive_slots &= !mask;
-            let unwritten = main.wal_index.map(|i| i.header()) == main.write_basis;
-            let keep_turn = slots.is_write() && main.reads() && main.keeps_turn_for_rerun(unwritten);
+            let rerun = slots.is_write() && main.reads() && main.reruns();
+            let keep_turn =
+                rerun && main.keeps_turn_for_rerun(main.wal_index.map(|i| i.header()) == main.write_basis);
             Release::ShmExclusive { slots, keep_turn }
         }
     };
@@ -286,7 +318,7 @@ fn guest_lock(file: File, w: &mut Wrapped, slots: Slots, flags: c_int) -> c_int 
     rc
 }
 
-pub fn barrier(file: File, w: &mut Wrapped) {
+pub fn barrier(file: File, w: &Wrapped) {
     fence(Ordering::SeqCst);
     let Kind::Main(main) = &w.kind else { return };
     if main.gated().is_none() && !w.inherited() {

@@ -1,6 +1,7 @@
 //! What the connection is doing, asked of SQLite from inside a VFS call: which statement runs, does it write.
 
 use super::api::Routines;
+use crate::lock::learned::hash;
 use libsqlite3_sys as ffi;
 use std::ptr;
 
@@ -63,10 +64,34 @@ fn running(api: &Routines, db: *mut ffi::sqlite3) -> impl Iterator<Item = *mut f
     })
 }
 
-/// A statement that is running and not read-only: false also for `BEGIN IMMEDIATE`.
-pub fn writes(api: &Routines, db: *mut ffi::sqlite3) -> bool {
+/// A statement that begins a read transaction.
+#[derive(Clone, Copy, Debug)]
+pub struct Statement {
+    /// Not read-only, which `BEGIN IMMEDIATE` is not either.
+    pub writes: bool,
+    /// A hash of its text; 0: it does not matter, or is not known.
+    pub text: u64,
+}
+
+/// The running statement that writes, else the newest that runs.
+pub fn walk(api: &Routines, db: *mut ffi::sqlite3) -> Statement {
     // SAFETY: statements of the connection in whose call we are.
-    running(api, db).any(|s| unsafe { (api.stmt_readonly)(s) } == 0)
+    let writer = running(api, db).find(|s| unsafe { (api.stmt_readonly)(*s) } == 0);
+    let first = || in_transaction(api, db).then(|| running(api, db).next()).flatten();
+    let text = writer.or_else(first).map_or(0, |s| {
+        // SAFETY: the statement's own text, NUL-terminated if there is one.
+        unsafe {
+            let sql = (api.sql)(s);
+            if sql.is_null() { 0 } else { hash(std::ffi::CStr::from_ptr(sql).to_bytes()) }
+        }
+    });
+    Statement { writes: writer.is_some(), text }
+}
+
+/// An explicit transaction is open.
+pub fn in_transaction(api: &Routines, db: *mut ffi::sqlite3) -> bool {
+    // SAFETY: the connection in whose call we are.
+    !db.is_null() && unsafe { (api.get_autocommit)(db) } == 0
 }
 
 /// The running statement that writes, and how often it has been prepared anew (`SQLITE_STMTSTATUS_REPREPARE`).

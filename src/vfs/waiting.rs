@@ -6,8 +6,9 @@ use super::main_file::{MainFile, Service};
 use super::statement::{self, Run};
 use super::timeouts;
 use crate::client::Lost;
+use crate::client::activity::Idle;
 use crate::client::member::Outcome;
-use crate::lock::{Ask, Verdict};
+use crate::lock::{Ask, FileLevel, Request, Verdict};
 use libsqlite3_sys as ffi;
 use std::cell::Cell;
 use std::ffi::c_int;
@@ -58,6 +59,18 @@ pub struct Rerun {
     times: u32,
 }
 
+/// What is asked for, in words.
+fn describe(ask: Ask) -> &'static str {
+    match ask.request {
+        Request::Turn => "the turn",
+        Request::File { level: FileLevel::Shared, .. } | Request::ShmShared(_) if ask.ahead => "the turn",
+        Request::File { level: FileLevel::Shared, .. } => "SHARED",
+        Request::File { .. } => "EXCLUSIVE",
+        Request::ShmShared(_) => "a wal-index slot",
+        Request::ShmExclusive { .. } => "the WAL write lock",
+    }
+}
+
 /// A wait that has begun.
 #[derive(Clone, Copy, Debug)]
 pub struct Wait {
@@ -90,7 +103,12 @@ impl MainFile {
     /// while the next one changes it: after fifty times SQLite gives up. So from the third time on it keeps its
     /// turn while it is prepared. (If it does something else instead, the supervisor takes the turn back.)
     pub fn keeps_turn_for_rerun(&self, unwritten: bool) -> bool {
-        unwritten && self.turn && self.rerun.times >= 2 && !crate::planted::planted("reruns-queue-again")
+        unwritten && self.turn && self.reruns() && !crate::planted::planted("reruns-queue-again")
+    }
+
+    /// It has been prepared anew again and again.
+    pub fn reruns(&self) -> bool {
+        self.rerun.times >= 2
     }
 
     /// The limit of a wait: `PRAGMA busy_timeout` when it was given, else the setting.
@@ -129,26 +147,50 @@ impl MainFile {
 
     /// Asks for a lock, waiting within the limit; `enough` ends the wait early. Logs a wait that was in vain.
     pub fn ask(&mut self, ask: Ask, mut enough: impl FnMut() -> bool) -> Result<Outcome, Lost> {
-        let wait = self.begin_wait();
         let db = self.db();
+        self.leave_other_turn();
         let Service::Seat(member) = &self.service else { return Err(Lost) };
         // No handle: a connection of its own.
         let connection = if db.is_null() { std::ptr::from_ref(self) as u64 } else { db as u64 };
+        if let Some(verdict) = member.try_lock(ask, connection)? {
+            if verdict == Verdict::Busy {
+                self.note_retry_refused();
+            }
+            return Ok(Outcome::at_once(verdict));
+        }
+        let wait = self.begin_wait();
         let mut hopeless = false;
+        let mut idle = Idle::default();
+        let blocker = std::cell::RefCell::new(None);
         let mut outcome = member.lock(ask, connection, || {
-            hopeless = self.activity.waits_for_itself(ask, wait.since);
-            hopeless || enough() || wait.is_over(self)
+            hopeless = self.activity.waits_for_itself(ask, &mut idle);
+            let over = hopeless || enough() || wait.is_over(self);
+            if over {
+                blocker.replace(member.blocker());
+            }
+            over
         })?;
         outcome.deadlock |= hopeless && outcome.gave_up;
+        if outcome.verdict == Verdict::Busy && outcome.blocker.is_none() {
+            outcome.blocker = blocker.into_inner();
+        }
         let vain = outcome.deadlock || (outcome.gave_up && Instant::now() >= wait.until);
         if vain {
             self.log_vain_wait(ask, &outcome, wait.since);
         }
-        // A retry that was refused at once is still one of the retries.
-        let slept = self.vain.is_some_and(|v| v.sleeps != sleeps());
-        let still = slept && self.waited_out() && outcome.verdict == Verdict::Busy;
-        self.end_wait(vain || still);
+        self.end_wait(vain);
+        if outcome.verdict == Verdict::Busy && !vain {
+            self.note_retry_refused();
+        }
         Ok(outcome)
+    }
+
+    /// A retry that was refused at once is still one of the retries.
+    fn note_retry_refused(&mut self) {
+        let slept = self.vain.is_some_and(|v| v.sleeps != sleeps());
+        if slept && self.waited_out() {
+            self.end_wait(true);
+        }
     }
 
     fn log_vain_wait(&self, ask: Ask, outcome: &Outcome, since: Instant) {
@@ -161,7 +203,7 @@ impl MainFile {
             }
             None => String::new(),
         };
-        let text = format!("waited {waited:.3} s for {} on {}: {end}{holder}", ask.describe(), self.path);
+        let text = format!("waited {waited:.3} s for {} on {}: {end}{holder}", describe(ask), self.path);
         self.library.log(ffi::SQLITE_BUSY, &text);
     }
 }

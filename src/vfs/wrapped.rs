@@ -18,7 +18,11 @@ pub enum Kind {
     Main(Box<MainFile>),
     /// A rollback journal or WAL: guarded against forked children, and a WAL against writing beside plain clients
     /// once the gate is gone.
-    Companion { wal_of: Option<Arc<Shared>> },
+    Companion {
+        wal_of: Option<Arc<Shared>>,
+        /// See [`Shared::still_ours`].
+        checked: u64,
+    },
 }
 
 /// `methods` must come first: SQLite's `pMethods` points at it.

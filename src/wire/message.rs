@@ -107,6 +107,19 @@ pub enum ToBroker {
     Log {
         text: String,
     },
+    /// The seat has been waiting in the segment for some milliseconds.
+    Waiting {
+        seat: SeatKey,
+    },
+    /// Something that a seat of the socket lane waits for has become free in the segment.
+    Kick {
+        database: u32,
+    },
+    /// Whom the seat waits for.
+    AskBlocker {
+        id: u64,
+        seat: SeatKey,
+    },
 }
 
 /// A seat as the wire names it: the database's number at this broker and the seat's in it.
@@ -211,6 +224,10 @@ pub enum FromBroker {
         part: Vec<u8>,
         last: bool,
     },
+    Blocker {
+        id: u64,
+        blocker: Option<Blocker>,
+    },
 }
 
 impl FromBroker {
@@ -221,6 +238,7 @@ impl FromBroker {
             FromBroker::Joined { id, .. }
             | FromBroker::Refused { id, .. }
             | FromBroker::Lock { id, .. }
+            | FromBroker::Blocker { id, .. }
             | FromBroker::Reserved { id, .. }
             | FromBroker::WalIndex { id, .. }
             | FromBroker::Left { id }

@@ -314,7 +314,7 @@ def test_clients_that_come_while_brokers_go():
         env, home = world.user()
         db = database(home)
         with open("/tmp/impatient", "w") as f:
-            f.write(f'#!/bin/sh\nexec {bin()} serve --socket "$3" --idle-exit 1ms\n')
+            f.write(f'#!/bin/sh\nexec {bin()} serve --socket "$3" --idle-exit 10ms\n')
         os.chmod("/tmp/impatient", 0o755)
         body = HOST + """
             import time

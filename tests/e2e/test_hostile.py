@@ -286,7 +286,7 @@ def test_a_broken_rule_ends_the_session_that_broke_it():
                 "half a message": {"greeting": HELLO[:3], "introducing": introduction()[:5],
                                    "open": join("app.db")[:-3]},
                 "garbage": dict.fromkeys(stages, bytes(range(255, 0, -1))),
-                "an unknown message": dict.fromkeys(stages, varint(14)),
+                "an unknown message": dict.fromkeys(stages, varint(17)),
                 "bytes left over": {"greeting": HELLO + b"\0", "introducing": introduction() + b"\0",
                                     "open": status + b"\0"},
                 "an oversized packet": dict.fromkeys(stages, varint(LOG) + text("x" * MAX_PACKET)),

@@ -127,7 +127,7 @@ def read_consistently(w):
     db.close()
 
 
-@fails_without("no-probation", attempts=3)
+@fails_without("no-probation,no-fast-lane", attempts=3)
 def test_nobody_meets_busy_over_a_hot_journal():
     """Many open a database with a hot journal at once: one rolls it back, the others wait."""
     with Broker() as broker:
@@ -228,7 +228,7 @@ def test_an_index_that_nobody_has_open_is_not_believed():
         anchor.close()
 
 
-@fails_without("torn-header-queues")
+@fails_without("torn-header-queues,no-fast-lane")
 @timeout(60)
 def test_a_torn_header_read_does_not_queue_as_a_writer():
     """A reader that meets a header just being written asks for WRITE outside any transaction. It looks again as

@@ -1,0 +1,199 @@
+//! The fast lane: this process's seats at work on the segment itself, without a message and, where nobody is in the
+//! way, without a system call.
+
+use super::fork;
+use super::member::Outcome;
+use super::session::Session;
+use super::shared::Shared;
+use crate::lock::park::Parking;
+use crate::lock::rules::Attempt;
+use crate::lock::seat::{LEAST_STREAK_MICROS, Own, Seat};
+use crate::lock::table::Table;
+use crate::lock::{Ask, SeatId, Verdict};
+use crate::segment::atomic::SeqCst;
+use crate::segment::futex;
+use crate::segment::layout::{ARRIVED, NAPPING, NOTIFIED, PARKED, RUNNING, SeatWords};
+use crate::wire::message::{SeatKey, ToBroker};
+use std::cell::Cell;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long a waiter that has been woken looks for its turn before it sleeps again: the rest of a short transaction.
+const SPIN_MICROS: u64 = 30;
+/// A turn that is free for so long is not between two transactions of a streak.
+const IDLE_MICROS: u64 = 5;
+/// A wait is told to the broker, which looks for cycles and for turns that nobody uses, after this long.
+const TELL_AFTER: Duration = Duration::from_millis(4);
+/// How often a waiter looks at its limit and its interrupt flag.
+const SLICE: Duration = Duration::from_millis(10);
+
+/// One connection's seat on the fast lane.
+#[derive(Debug)]
+pub struct FastLane {
+    shared: Arc<Shared>,
+    key: SeatKey,
+    own: Own,
+}
+
+/// Futexes, and for a seat that the broker waits for, a message.
+struct Futexes<'a> {
+    session: &'a Session,
+    database: u32,
+}
+
+impl Parking for Futexes<'_> {
+    fn park(&self, seat: &SeatWords, state: u32, limit: Duration) {
+        futex::wait(&seat.park, state, limit);
+    }
+
+    fn wake(&self, table: Table<'_>, seat: SeatId) {
+        let Some(words) = table.seat(seat) else { return };
+        match words.brokered.load(SeqCst) {
+            0 => futex::wake(&words.park),
+            // If the broker is gone, so is the one that it waits for.
+            _ => drop(self.session.send(&ToBroker::Kick { database: self.database }, &[])),
+        }
+    }
+
+    fn micros(&self) -> u64 {
+        futex::micros()
+    }
+
+    fn coarse_millis(&self) -> u64 {
+        futex::coarse_millis()
+    }
+
+    fn streaks(&self) -> bool {
+        true
+    }
+}
+
+impl FastLane {
+    pub fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
+    /// `None`: the segment's layout is another version's, or read-only.
+    pub fn new(shared: &Arc<Shared>, key: SeatKey) -> Option<FastLane> {
+        shared.table()?.seat(key.seat)?;
+        Some(FastLane { shared: Arc::clone(shared), key, own: Own::default() })
+    }
+
+    /// Runs `body` as this seat. `None` cannot be: the table was there at the beginning.
+    pub fn with<T>(&self, session: &Session, connection: u64, body: impl FnOnce(&Seat) -> T) -> Option<T> {
+        let parking = Futexes { session, database: self.key.database };
+        let table = self.shared.table()?;
+        let thread = thread_id() as u32;
+        Some(body(&Seat { table, id: self.key.seat, own: &self.own, parking: &parking, thread, connection }))
+    }
+
+    /// The request, waiting until it is granted, refused, or `give_up` says so, which is asked every few
+    /// milliseconds. `tell`: the wait is a long one.
+    pub fn wait(&self, seat: &Seat, ask: Ask, mut give_up: impl FnMut() -> bool, tell: impl Fn()) -> Outcome {
+        let begun = Instant::now();
+        let mut for_turn = match seat.attempt(ask) {
+            Attempt::Done(verdict) => return Outcome::at_once(verdict),
+            Attempt::Wait { for_turn } => for_turn,
+        };
+        let (mut told, mut awake) = (false, false);
+        let ended = |verdict, deadlock, gave_up| Outcome { verdict, deadlock, gave_up, blocker: None };
+        let mut next_look = begun + SLICE;
+        loop {
+            seat.begin_wait(ask.request, for_turn);
+            if std::mem::take(&mut awake) && for_turn {
+                come(seat);
+            }
+            seat.mark(PARKED);
+            match seat.attempt(ask) {
+                Attempt::Done(verdict) => {
+                    seat.end_wait();
+                    return ended(verdict, false, false);
+                }
+                Attempt::Wait { for_turn: now } if now != for_turn => {
+                    for_turn = now;
+                    seat.mark(RUNNING);
+                    continue;
+                }
+                Attempt::Wait { .. } => {}
+            }
+            let Some(words) = seat.table.seat(seat.id) else { return ended(Verdict::Busy, false, false) };
+            let now = Instant::now();
+            let next = if told { next_look } else { next_look.min(begun + TELL_AFTER) };
+            seat.parking.park(words, PARKED, next.saturating_duration_since(now));
+            awake = words.park.swap(RUNNING, SeqCst) == NOTIFIED;
+            let now = Instant::now();
+            if !told && now >= begun + TELL_AFTER {
+                told = true;
+                tell();
+            }
+            if words.ended.swap(0, SeqCst) != 0 {
+                return ended(seat.give_up(ask), true, true);
+            }
+            if now >= next_look {
+                next_look = now + SLICE;
+                if give_up() {
+                    return ended(seat.give_up(ask), false, true);
+                }
+            }
+        }
+    }
+}
+
+/// The seat has been woken for its turn, early: the holder goes on with its streak meanwhile. It is left the least
+/// part of that, asleep, and then looked for.
+fn come(seat: &Seat) {
+    let turn = seat.turn();
+    let Some(words) = seat.table.seat(seat.id) else { return };
+    // Free and still free: nobody goes on with a streak.
+    let word = turn.load();
+    let since = seat.parking.micros();
+    while turn.load() == word {
+        if word.is_free() && seat.parking.micros() > since + IDLE_MICROS {
+            return;
+        }
+        if word.offered_to().is_some() {
+            return;
+        }
+        if seat.parking.micros() > since + SPIN_MICROS {
+            break;
+        }
+        std::hint::spin_loop();
+    }
+    seat.mark(NAPPING);
+    if turn.load().offered_to() != Some(seat.id) {
+        seat.parking.park(words, NAPPING, Duration::from_micros(LEAST_STREAK_MICROS));
+    }
+    seat.mark(ARRIVED);
+    let until = seat.parking.micros() + SPIN_MICROS;
+    loop {
+        for _ in 0..32 {
+            if turn.load().holder().is_none() {
+                return;
+            }
+            std::hint::spin_loop();
+        }
+        if seat.parking.micros() >= until {
+            return;
+        }
+        std::thread::yield_now();
+    }
+}
+
+thread_local! {
+    static THREAD: Cell<(u64, i32)> = const { Cell::new((0, 0)) };
+}
+
+/// The kernel's id of the calling thread, asked once a thread.
+pub fn thread_id() -> i32 {
+    let epoch = fork::epoch();
+    THREAD
+        .try_with(|cached| match cached.get() {
+            (known, id) if known == epoch => id,
+            _ => {
+                let id = nix::unistd::gettid().as_raw();
+                cached.set((epoch, id));
+                id
+            }
+        })
+        .unwrap_or_else(|_| nix::unistd::gettid().as_raw())
+}

@@ -1,0 +1,239 @@
+//! The broker's side: requests of seats that cannot work on the segment themselves (the socket lane), tried on
+//! their behalf, and what only a supervisor may do to a seat.
+
+use super::park::Parking;
+use super::rules::Attempt;
+use super::seat::{Own, Seat, WaitsFor, wake_sleepers};
+use super::table::Table;
+use super::turn::Turn;
+use super::{Ask, Release, SeatId, Verdict};
+use crate::planted::planted;
+use crate::segment::atomic::SeqCst;
+use crate::segment::layout::{NOTIFIED, PARKED, PROBATION_OPEN};
+use std::collections::BTreeMap;
+
+/// A seat whose requests come by the socket.
+#[derive(Debug, Default)]
+struct Brokered {
+    own: Own,
+    thread: u32,
+    connection: u64,
+    asks: Option<Ask>,
+    /// The turn is in use (guest mode, where the write lock is not seen).
+    used: bool,
+}
+
+/// The socket lane of one database.
+#[derive(Debug, Default)]
+pub struct Queue {
+    seats: BTreeMap<SeatId, Brokered>,
+    /// Waiting seats, first come first.
+    waiting: Vec<SeatId>,
+}
+
+impl Queue {
+    /// Guest mode: the seat's turn is in use.
+    pub fn is_used(&self, id: SeatId) -> bool {
+        self.seats.get(&id).is_some_and(|b| b.used)
+    }
+}
+
+/// The queue at work on a table.
+pub struct Lane<'a> {
+    pub queue: &'a mut Queue,
+    pub table: Table<'a>,
+    pub parking: &'a dyn Parking,
+}
+
+impl<'a> Lane<'a> {
+    fn seat<'b>(&self, id: SeatId, brokered: &'b Brokered) -> Seat<'b>
+    where
+        'a: 'b,
+    {
+        Seat {
+            table: self.table,
+            id,
+            own: &brokered.own,
+            parking: self.parking,
+            thread: brokered.thread,
+            connection: brokered.connection,
+        }
+    }
+
+    /// Runs `body` as the seat.
+    pub fn with<T>(&mut self, id: SeatId, body: impl FnOnce(&Seat) -> T) -> T {
+        let brokered = self.queue.seats.entry(id).or_default();
+        let (table, parking) = (self.table, self.parking);
+        let (thread, connection) = (brokered.thread, brokered.connection);
+        body(&Seat { table, id, own: &brokered.own, parking, thread, connection })
+    }
+
+    /// A seat's request. `None`: it is in line, and [`Lane::settle`] will answer. A seat that asks again while
+    /// it is in line gives up its first request.
+    pub fn submit(&mut self, id: SeatId, ask: Ask, (connection, thread): (u64, u32)) -> Option<Verdict> {
+        if self.is_waiting(id) {
+            self.forget_request(id);
+        }
+        let brokered = self.queue.seats.entry(id).or_default();
+        brokered.thread = thread;
+        brokered.connection = connection;
+        let verdict = self.with(id, |seat| match seat.attempt(ask) {
+            Attempt::Done(verdict) => Some(verdict),
+            Attempt::Wait { for_turn } => {
+                if let Some(words) = seat.table.seat(id) {
+                    words.brokered.store(1, SeqCst);
+                }
+                seat.begin_wait(ask.request, for_turn);
+                None
+            }
+        });
+        if verdict.is_none() {
+            self.queue.waiting.push(id);
+            if let Some(b) = self.queue.seats.get_mut(&id) {
+                b.asks = Some(ask);
+            }
+        }
+        verdict
+    }
+
+    /// Tries every waiting request again, first come first, and returns those that ended. The seats whose requests
+    /// go on waiting are asleep after it: what is freed from then on wakes the broker.
+    pub fn settle(&mut self) -> Vec<(SeatId, Verdict)> {
+        let mut ended = Vec::new();
+        loop {
+            let mut again = false;
+            for id in self.queue.waiting.clone() {
+                let Some(brokered) = self.queue.seats.get(&id) else { continue };
+                let Some(ask) = brokered.asks else { continue };
+                let seat = self.seat(id, brokered);
+                seat.mark(PARKED);
+                match seat.attempt(ask) {
+                    Attempt::Done(verdict) => {
+                        self.forget_request(id);
+                        ended.push((id, verdict));
+                        again = true;
+                    }
+                    Attempt::Wait { for_turn } => again |= seat.begin_wait(ask.request, for_turn),
+                }
+            }
+            // A try that steps back wakes the sleepers, those that were tried before it and itself.
+            let woken = |id: &SeatId| self.table.seat(*id).is_some_and(|w| w.park.load(SeqCst) != PARKED);
+            let woken = self.queue.waiting.iter().any(woken) && !planted("woken-request-forgotten");
+            if !again && !woken {
+                return ended;
+            }
+        }
+    }
+
+    /// Ends the seat's wait as its rules say; `None` if it waits for nothing.
+    pub fn give_up(&mut self, id: SeatId) -> Option<Verdict> {
+        let ask = self.queue.seats.get(&id)?.asks?;
+        self.forget_request(id);
+        Some(self.with(id, |seat| seat.give_up(ask)))
+    }
+
+    pub fn release(&mut self, id: SeatId, release: Release) {
+        self.with(id, |seat| seat.release(release));
+        if let Some(b) = self.queue.seats.get_mut(&id) {
+            b.used = false;
+        }
+    }
+
+    /// Guest mode: the seat has taken the unix VFS's write lock, its turn is in use.
+    pub fn turn_is_used(&mut self, id: SeatId) {
+        self.queue.seats.entry(id).or_default().used = true;
+    }
+
+    fn forget_request(&mut self, id: SeatId) {
+        self.queue.waiting.retain(|w| *w != id);
+        if let Some(b) = self.queue.seats.get_mut(&id) {
+            b.asks = None;
+        }
+        self.with(id, |seat| seat.end_wait());
+        if let Some(words) = self.table.seat(id) {
+            words.brokered.store(0, SeqCst);
+        }
+    }
+
+    /// The seat waits for an answer.
+    pub fn is_waiting(&self, id: SeatId) -> bool {
+        self.queue.waiting.contains(&id)
+    }
+
+    /// Some seat of this lane waits.
+    pub fn somebody_waits(&self) -> bool {
+        !self.queue.waiting.is_empty()
+    }
+
+    pub fn turn(&self) -> Turn<'a> {
+        Turn { table: self.table, parking: self.parking }
+    }
+
+    /// The seat is gone (left, or proven dead): nothing of it stays. A writer that dies over a rollback journal
+    /// leaves a hot journal: SHARED is then given to one seat at a time until somebody has seen it, else every
+    /// reader would try to roll it back and all but one would get BUSY.
+    pub fn remove(&mut self, id: SeatId) {
+        self.queue.waiting.retain(|w| *w != id);
+        self.queue.seats.remove(&id);
+        let table = self.table;
+        let probation = &table.words.file.0.probation;
+        // Before the locks go: nobody may come in between.
+        if table.file_write_held(id) && !table.wal_open(id) {
+            probation.store(PROBATION_OPEN, SeqCst);
+        }
+        let _ = probation.compare_exchange(id, PROBATION_OPEN, SeqCst, SeqCst);
+        table.clear(id);
+        table.sleepers.clear(id);
+        self.turn().clear(id);
+        if let Some(words) = table.seat(id) {
+            for word in [
+                &words.park,
+                &words.brokered,
+                &words.waiting,
+                &words.ended,
+                &words.thread,
+                &words.calls,
+                &words.turn_for,
+            ] {
+                word.store(0, SeqCst);
+            }
+            words.connection.store(0, SeqCst);
+        }
+        table.members.clear(id);
+        // It may have died among the sleepers that it was waking, or between marking a seat as woken and waking it.
+        if planted("dead-waker-forgotten") {
+            return wake_sleepers(table, self.parking);
+        }
+        table.words.sleepy.0.store(1, SeqCst);
+        wake_sleepers(table, self.parking);
+        let marked = |s: &SeatId| table.seat(*s).is_some_and(|w| w.park.load(SeqCst) == NOTIFIED);
+        table.members.iter().filter(marked).for_each(|s| self.parking.wake(table, s));
+    }
+}
+
+/// Whom the seat waits for, if it waits.
+pub fn blockers(turn: Turn<'_>, id: SeatId) -> Vec<SeatId> {
+    let table = turn.table;
+    let Some(waits) = table.seat(id).and_then(|s| WaitsFor::from_code(s.waiting.load(SeqCst))) else {
+        return Vec::new();
+    };
+    let mut blockers: Vec<SeatId> = Vec::new();
+    match waits {
+        WaitsFor::Turn => {
+            let word = turn.load();
+            blockers.extend(word.holder().or(word.offered_to()));
+        }
+        WaitsFor::Shared => {
+            blockers.extend(table.pending());
+            blockers.extend(table.exclusive());
+            blockers.push(table.words.file.0.probation.load(SeqCst));
+        }
+        WaitsFor::Exclusive => blockers.extend(table.other_readers(id)),
+        WaitsFor::Write => blockers.extend(table.slot_owner(super::slot::WRITE)),
+        WaitsFor::Recovery => blockers.extend(table.slot_owner(super::slot::RECOVER)),
+    }
+    blockers.retain(|b| *b != id && table.members.has(*b));
+    blockers.sort_unstable();
+    blockers.dedup();
+    blockers
+}
