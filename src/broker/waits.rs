@@ -61,8 +61,7 @@ impl Server {
             self.judge_holder(number, now);
             let Some(db) = self.databases.get_mut(&number) else { continue };
             keep_line_moving(db, now);
-            let waits = |seat: &SeatId| db.table().seat(*seat).is_some_and(|w| w.waiting.load(SeqCst) != 0);
-            if !db.seats.keys().any(waits) {
+            if db.waiting().next().is_none() {
                 db.watch = Watch::default();
             }
         }
@@ -159,8 +158,7 @@ impl Server {
         // Only a connection that has another seat can be waited for through a cycle of more than one.
         let mut waiting: BTreeMap<(u64, u64), Vec<SeatKey>> = BTreeMap::new();
         for (number, db) in &self.databases {
-            let waits = |s: &&SeatId| db.table().seat(**s).is_some_and(|w| w.waiting.load(SeqCst) != 0);
-            for seat in db.seats.keys().filter(waits).copied() {
+            for seat in db.waiting() {
                 let waiter = SeatKey { database: *number, seat };
                 if let Some(connection) = self.connection_of(waiter) {
                     waiting.entry(connection).or_default().push(waiter);
@@ -253,6 +251,12 @@ impl Server {
 }
 
 impl Database {
+    /// Seats that wait, as they say.
+    fn waiting(&self) -> impl Iterator<Item = SeatId> + '_ {
+        let waits = |seat: &SeatId| self.table().seat(*seat).is_some_and(|w| w.waiting.load(SeqCst) != 0);
+        self.seats.keys().copied().filter(waits)
+    }
+
     /// How long the seat has had the turn, in milliseconds, as the seat says.
     pub fn turn_held_ms(&self, seat: SeatId) -> u64 {
         let since = self.table().seat(seat).map_or(0, |w| w.turn_since.load(SeqCst));

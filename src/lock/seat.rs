@@ -59,7 +59,8 @@ impl WaitsFor {
         [Turn, Shared, Exclusive, Write, Recovery].into_iter().find(|w| *w as u32 == code)
     }
 
-    fn of(request: Request, for_turn: bool) -> WaitsFor {
+    /// `for_turn`: the turn comes first, and is missing.
+    pub fn of(request: Request, for_turn: bool) -> WaitsFor {
         match request {
             _ if for_turn => WaitsFor::Turn,
             Request::Turn => WaitsFor::Turn,
@@ -70,7 +71,7 @@ impl WaitsFor {
         }
     }
 
-    /// For `status`.
+    /// For `status`, and for the log of a wait in vain.
     pub fn describe(self) -> &'static str {
         match self {
             WaitsFor::Turn => "the turn",

@@ -98,14 +98,16 @@ impl MainFile {
         }
     }
 
+    fn lessons(&self) -> Option<Learned<'_>> {
+        self.gated()?.shared()?.learned()
+    }
+
     fn knows(&self, text: u64, lesson: Lesson) -> bool {
-        let learned = self.gated().and_then(|m| m.shared()).and_then(|s| s.learned());
-        text != 0 && learned.is_some_and(|l| l.knows(text, lesson))
+        text != 0 && self.lessons().is_some_and(|l| l.knows(text, lesson))
     }
 
     fn learned(&self, body: impl FnOnce(Learned), begun: Begun) {
-        let learned = self.gated().and_then(|m| m.shared()).and_then(|s| s.learned());
-        if let Some(learned) = learned.filter(|_| begun.text != 0) {
+        if let Some(learned) = self.lessons().filter(|_| begun.text != 0) {
             body(learned);
         }
     }

@@ -196,8 +196,11 @@ fn may_change(w: &mut Wrapped) -> bool {
     }
     match &mut w.kind {
         Kind::Main(main) => {
-            let Some(shared) = main.gated().and_then(|m| m.shared()).cloned() else { return true };
-            !shared.poisoned() && shared.still_ours(&mut main.checked)
+            let mut checked = main.checked;
+            let shared = main.gated().and_then(|m| m.shared());
+            let may = shared.is_none_or(|s| !s.poisoned() && s.still_ours(&mut checked));
+            main.checked = checked;
+            may
         }
         Kind::Companion { wal_of, checked } => {
             wal_of.as_ref().is_none_or(|s| !s.poisoned() && s.still_ours(checked))

@@ -8,7 +8,8 @@ use super::timeouts;
 use crate::client::Lost;
 use crate::client::activity::Idle;
 use crate::client::member::Outcome;
-use crate::lock::{Ask, FileLevel, Request, Verdict};
+use crate::lock::seat::WaitsFor;
+use crate::lock::{Ask, Verdict};
 use libsqlite3_sys as ffi;
 use std::cell::Cell;
 use std::ffi::c_int;
@@ -57,18 +58,6 @@ pub struct Rerun {
     run: Option<Run>,
     prepared: i32,
     times: u32,
-}
-
-/// What is asked for, in words.
-fn describe(ask: Ask) -> &'static str {
-    match ask.request {
-        Request::Turn => "the turn",
-        Request::File { level: FileLevel::Shared, .. } | Request::ShmShared(_) if ask.ahead => "the turn",
-        Request::File { level: FileLevel::Shared, .. } => "SHARED",
-        Request::File { .. } => "EXCLUSIVE",
-        Request::ShmShared(_) => "a wal-index slot",
-        Request::ShmExclusive { .. } => "the WAL write lock",
-    }
 }
 
 /// A wait that has begun.
@@ -203,7 +192,8 @@ impl MainFile {
             }
             None => String::new(),
         };
-        let text = format!("waited {waited:.3} s for {} on {}: {end}{holder}", describe(ask), self.path);
+        let what = WaitsFor::of(ask.request, ask.ahead);
+        let text = format!("waited {waited:.3} s for {} on {}: {end}{holder}", what.describe(), self.path);
         self.library.log(ffi::SQLITE_BUSY, &text);
     }
 }
