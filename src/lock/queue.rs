@@ -12,6 +12,10 @@ use crate::segment::atomic::SeqCst;
 use crate::segment::layout::{NOTIFIED, PARKED, PROBATION_OPEN};
 use std::collections::BTreeMap;
 
+/// How often [`Lane::settle`] looks again at most. Honest seats need a few rounds; whoever is left is looked at in the
+/// broker's next turn, within milliseconds.
+const SETTLE_ROUNDS: usize = 64;
+
 /// A seat whose requests come by the socket.
 #[derive(Debug, Default)]
 struct Brokered {
@@ -21,6 +25,12 @@ struct Brokered {
     asks: Option<Ask>,
     /// The turn is in use (guest mode, where the write lock is not seen).
     used: bool,
+}
+
+impl Brokered {
+    fn seat<'a>(&'a self, table: Table<'a>, id: SeatId, parking: &'a dyn Parking) -> Seat<'a> {
+        Seat { table, id, own: &self.own, parking, thread: self.thread, connection: self.connection }
+    }
 }
 
 /// The socket lane of one database.
@@ -46,26 +56,10 @@ pub struct Lane<'a> {
 }
 
 impl<'a> Lane<'a> {
-    fn seat<'b>(&self, id: SeatId, brokered: &'b Brokered) -> Seat<'b>
-    where
-        'a: 'b,
-    {
-        Seat {
-            table: self.table,
-            id,
-            own: &brokered.own,
-            parking: self.parking,
-            thread: brokered.thread,
-            connection: brokered.connection,
-        }
-    }
-
     /// Runs `body` as the seat.
     pub fn with<T>(&mut self, id: SeatId, body: impl FnOnce(&Seat) -> T) -> T {
-        let brokered = self.queue.seats.entry(id).or_default();
         let (table, parking) = (self.table, self.parking);
-        let (thread, connection) = (brokered.thread, brokered.connection);
-        body(&Seat { table, id, own: &brokered.own, parking, thread, connection })
+        body(&self.queue.seats.entry(id).or_default().seat(table, id, parking))
     }
 
     /// A seat's request. `None`: it is in line, and [`Lane::settle`] will answer. A seat that asks again while
@@ -100,12 +94,13 @@ impl<'a> Lane<'a> {
     /// go on waiting are asleep after it: what is freed from then on wakes the broker.
     pub fn settle(&mut self) -> Vec<(SeatId, Verdict)> {
         let mut ended = Vec::new();
-        loop {
+        // A member that scribbles over the words of others could keep them looking woken for ever.
+        for _ in 0..SETTLE_ROUNDS {
             let mut again = false;
             for id in self.queue.waiting.clone() {
                 let Some(brokered) = self.queue.seats.get(&id) else { continue };
                 let Some(ask) = brokered.asks else { continue };
-                let seat = self.seat(id, brokered);
+                let seat = brokered.seat(self.table, id, self.parking);
                 seat.mark(PARKED);
                 match seat.attempt(ask) {
                     Attempt::Done(verdict) => {
@@ -120,9 +115,10 @@ impl<'a> Lane<'a> {
             let woken = |id: &SeatId| self.table.seat(*id).is_some_and(|w| w.park.load(SeqCst) != PARKED);
             let woken = self.queue.waiting.iter().any(woken) && !planted("woken-request-forgotten");
             if !again && !woken {
-                return ended;
+                break;
             }
         }
+        ended
     }
 
     /// Ends the seat's wait as its rules say; `None` if it waits for nothing.
