@@ -35,7 +35,10 @@ struct turnstile_api {
   int (*uri_boolean)(const char *, const char *, int);
   const char *(*filename_journal)(const char *);
   const char *(*filename_wal)(const char *);
+  int (*txn_state)(sqlite3 *, const char *);
+  int (*column_count)(sqlite3_stmt *);
   int (*is_interrupted)(sqlite3 *); /* 3.41; else NULL */
+  const char *(*db_name)(sqlite3 *, int); /* 3.39; else NULL */
 };
 
 /* Returns the library's version number; fills *out only when that is at least `least`. */
@@ -66,6 +69,9 @@ int turnstile_api_read(const sqlite3_api_routines *p, int least, struct turnstil
   out->uri_boolean = p->uri_boolean;
   out->filename_journal = p->filename_journal;
   out->filename_wal = p->filename_wal;
+  out->txn_state = p->txn_state;
+  out->column_count = p->column_count;
+  out->db_name = version>=3039000 ? p->db_name : NULL;
   out->is_interrupted = version>=3041000 ? p->is_interrupted : NULL;
   return version;
 }

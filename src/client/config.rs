@@ -6,6 +6,7 @@
 //! | `TURNSTILE_FALLBACK` | `turnstile_fallback` | `autostart`, `refuse`, `plain`: without a broker | `autostart` |
 //! | `TURNSTILE_WAIT` | `turnstile_wait` | how long a wait may last: `30s`, `500ms`, `2m`, `0` | `30s` |
 //! | `TURNSTILE_BEGIN` | `turnstile_begin` | `learn`, `immediate`, `deferred`: see [`Begin`] | `learn` |
+//! | `TURNSTILE_DURABLE_READS` | `turnstile_durable_reads` | `1`; `0`: readers see commits before their sync | `1` |
 //! | `TURNSTILE_MODE` | `turnstile_mode` | `auto`, `guest` | `auto` |
 //! | `TURNSTILE_ALLOW_UNSAFE` | | `0`, `1`: databases on filesystems that are refused otherwise | `0` |
 //! | `TURNSTILE_BIN` | | the `turnstile` program, for starting a broker | beside the extension, then `PATH` |
@@ -15,8 +16,14 @@ use std::time::Duration;
 
 /// What a URI may set, too. Not the program that would be started, nor where it is safe: names of databases come
 /// from all kinds of places.
-pub const FOR_ONE_DATABASE: [&str; 5] =
-    ["TURNSTILE_SOCKET", "TURNSTILE_FALLBACK", "TURNSTILE_WAIT", "TURNSTILE_MODE", "TURNSTILE_BEGIN"];
+pub const FOR_ONE_DATABASE: [&str; 6] = [
+    "TURNSTILE_SOCKET",
+    "TURNSTILE_FALLBACK",
+    "TURNSTILE_WAIT",
+    "TURNSTILE_MODE",
+    "TURNSTILE_BEGIN",
+    "TURNSTILE_DURABLE_READS",
+];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fallback {
@@ -42,6 +49,8 @@ pub struct Config {
     pub fallback: Fallback,
     pub wait: Duration,
     pub begin: Begin,
+    /// A reader waits until the commits that it sees are durable.
+    pub durable_reads: bool,
     pub guest: bool,
     pub allow_unsafe: bool,
     pub program: Option<PathBuf>,
@@ -54,6 +63,7 @@ impl Default for Config {
             fallback: Fallback::Autostart,
             wait: Duration::from_secs(30),
             begin: Begin::Learn,
+            durable_reads: true,
             guest: false,
             allow_unsafe: false,
             program: None,
@@ -112,6 +122,13 @@ impl Config {
                 "auto" => false,
                 "guest" => true,
                 _ => return Err(bad("TURNSTILE_MODE", &v, "expected auto or guest")),
+            };
+        }
+        if let Some(v) = lookup("TURNSTILE_DURABLE_READS") {
+            self.durable_reads = match v.as_str() {
+                "0" => false,
+                "1" => true,
+                _ => return Err(bad("TURNSTILE_DURABLE_READS", &v, "expected 0 or 1")),
             };
         }
         if let Some(v) = lookup("TURNSTILE_ALLOW_UNSAFE") {
@@ -187,6 +204,7 @@ mod tests {
             ("TURNSTILE_FALLBACK", "maybe"),
             ("TURNSTILE_WAIT", "soon"),
             ("TURNSTILE_MODE", ""),
+            ("TURNSTILE_DURABLE_READS", "yes"),
             ("TURNSTILE_ALLOW_UNSAFE", "yes"),
             ("TURNSTILE_SOCKET", ""),
         ] {

@@ -197,6 +197,23 @@ impl Member {
         });
     }
 
+    /// Its commits wait for a sync after their turn: it gives the turn to the next at once.
+    pub fn hurries(&self, hurries: bool) {
+        if let Some(fast) = &self.fast {
+            fast.hurries(hurries);
+        }
+    }
+
+    /// Takes wal-index slots in a segment that nobody uses any more.
+    pub fn fence(&self, slots: u8) -> bool {
+        self.with_seat(|_, seat| slots == 0 || seat.table.try_slots_exclusive(seat.id, slots))
+            .unwrap_or(false)
+    }
+
+    pub fn unfence(&self, slots: u8) {
+        self.with_seat(|_, seat| seat.table.release_slots_exclusive(seat.id, slots));
+    }
+
     /// The seat has the turn.
     pub fn has_turn(&self) -> bool {
         self.with_seat(|_, seat| seat.has_turn()).unwrap_or(false)

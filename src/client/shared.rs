@@ -2,9 +2,13 @@
 
 use super::fork;
 use super::host::HostFd;
+use crate::lock::commits::Commits;
 use crate::lock::learned::Learned;
+use crate::lock::park::Rounds;
 use crate::lock::table::Table;
 use crate::planted::planted;
+use crate::segment::atomic::AtomicU32;
+use crate::segment::futex;
 use crate::segment::gate;
 use crate::segment::layout::{MAX_REGIONS, REGION_SIZE, WAL_INDEX_SIZE};
 use crate::segment::mapping::ControlMap;
@@ -16,10 +20,28 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 /// Regions are mapped in chunks: a region is smaller than a page on some machines.
 const REGIONS_PER_CHUNK: u32 = 32;
 const CHUNK_SIZE: usize = REGIONS_PER_CHUNK as usize * REGION_SIZE;
+
+/// Waiting for a sync.
+struct Futexes;
+
+impl Rounds for Futexes {
+    fn sleep(&self, round: &AtomicU32, seen: u32, micros: u64) {
+        futex::wait(round, seen, Duration::from_micros(micros));
+    }
+
+    fn wake_all(&self, round: &AtomicU32) {
+        futex::wake_all(round);
+    }
+
+    fn micros(&self) -> u64 {
+        futex::micros()
+    }
+}
 
 #[derive(Debug)]
 pub struct Shared {
@@ -99,6 +121,19 @@ impl Shared {
         match self.role {
             Role::ReadWrite => self.control.control().map(|c| Learned(&c.learned)),
             Role::ReadOnly => None,
+        }
+    }
+
+    /// The commits that wait for a sync, where this process can read them.
+    #[inline]
+    pub fn commits(&self) -> Option<Commits<'_>> {
+        self.control.control().map(|c| Commits { words: &c.commits, rounds: &Futexes })
+    }
+
+    /// A sync of the WAL has failed: nobody uses the segment any more.
+    pub fn poison(&self) {
+        if self.role == Role::ReadWrite {
+            self.control.poison();
         }
     }
 

@@ -2,6 +2,7 @@
 
 use super::SeatId;
 use super::table::Table;
+use crate::segment::atomic::AtomicU32;
 use crate::segment::layout::SeatWords;
 use std::time::Duration;
 
@@ -17,4 +18,14 @@ pub trait Parking {
     fn coarse_millis(&self) -> u64;
     /// Whether a seat that gave its turn back may take it again before one that has been woken arrives.
     fn streaks(&self) -> bool;
+}
+
+/// A process's way to sleep until a sync has ended.
+pub trait Rounds {
+    /// Sleeps while `round` is `seen`, for `micros` at most. May return early.
+    fn sleep(&self, round: &AtomicU32, seen: u32, micros: u64);
+    /// Wakes everybody who sleeps there.
+    fn wake_all(&self, round: &AtomicU32);
+    /// Microseconds of a monotonic clock.
+    fn micros(&self) -> u64;
 }

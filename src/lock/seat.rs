@@ -22,6 +22,9 @@ pub const LEAST_STREAK_MICROS: u64 = 300;
 pub struct Own {
     /// The turn came with these wal-index slots, outside any read transaction (a checkpoint): it ends with them.
     comes_with: Cell<u8>,
+    /// Its commits wait for a sync outside the turn: it takes no streak, and looks a while for the turn before it
+    /// stands in the line.
+    pub hurries: Cell<bool>,
     in_line: Cell<bool>,
     asleep: Cell<bool>,
     /// When the streak began, in microseconds; 0: there is none.
@@ -137,7 +140,7 @@ impl<'a> Seat<'a> {
 
     /// Called when somebody waits: begins the streak if there is none.
     fn streak(&self) -> Streak {
-        if !self.parking.streaks() {
+        if !self.parking.streaks() || self.own.hurries.get() {
             return Streak::Over;
         }
         let now = self.parking.micros().max(1);

@@ -22,8 +22,17 @@ pub fn wait(word: &AtomicU32, expected: u32, limit: Duration) {
 
 /// Wakes whoever sleeps on `word`.
 pub fn wake(word: &AtomicU32) {
+    wake_some(word, 1);
+}
+
+/// Wakes all who sleep on `word`.
+pub fn wake_all(word: &AtomicU32) {
+    wake_some(word, i32::MAX);
+}
+
+fn wake_some(word: &AtomicU32, most: i32) {
     // SAFETY: as above; no other memory is passed.
-    unsafe { libc::syscall(libc::SYS_futex, std::ptr::from_ref(word), libc::FUTEX_WAKE, 1) };
+    unsafe { libc::syscall(libc::SYS_futex, std::ptr::from_ref(word), libc::FUTEX_WAKE, most) };
 }
 
 /// Microseconds of `CLOCK_MONOTONIC`.

@@ -9,7 +9,7 @@ use super::atomic::{AtomicU32, AtomicU64};
 use std::mem::{offset_of, size_of};
 
 /// Size of the control memfd in bytes.
-pub const CONTROL_SIZE: usize = 4096 + MAX_SEATS * 128;
+pub const CONTROL_SIZE: usize = 8192 + MAX_SEATS * 128;
 /// Size of the wal-index memfd in bytes. Sparse: 1 GiB of wal-index describes a WAL of 128 Mi frames, more than
 /// any WAL that SQLite's own limits let grow in practice.
 pub const WAL_INDEX_SIZE: usize = 1 << 30;
@@ -29,10 +29,15 @@ pub const MAX_SEATS: usize = 64;
 pub const BITMAP_WORDS: usize = MAX_SEATS / 64;
 /// Entries of [`Control::learned`].
 pub const LEARNED: usize = 256;
+/// Commits that may be published and not yet durable; one that finds so many before it syncs by itself.
+#[cfg(not(feature = "loom"))]
+pub const COMMITS: usize = 128;
+#[cfg(feature = "loom")]
+pub const COMMITS: usize = 8;
 
 pub const MAGIC: [u8; 8] = *b"trnstile";
 /// Changes with any change of what lies behind [`Header`].
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 
 /// The beginning of the control memfd: the same in every layout version, so that a client of another version can
 /// still use the socket lane with it.
@@ -123,6 +128,64 @@ pub struct Bitmaps {
     pub file_hints: [AtomicU64; 2 * BITMAP_WORDS],
 }
 
+/// What the holder of WRITE says of the commits that wait for a sync. A crash leaves a number that was issued and
+/// never published: a sync in vain.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub struct IssuedWords {
+    /// The newest commit's number; 0: none yet. Stored after its frames are written and its entry of
+    /// [`CommitWords::places`], and before it is published in the wal-index.
+    pub newest: AtomicU64,
+    /// The WAL's salts as they were at that commit; 0: commits may have been made that are not counted here.
+    pub salts: AtomicU64,
+    /// Counts how often the WAL was begun anew.
+    pub generation: AtomicU64,
+}
+
+/// What those who sync say. All but `durable` and `cut` are hints: wrong ones cost a sync or a wait.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub struct SyncedWords {
+    /// Every commit up to this number is on the disk. Raised after a sync, to the number that was the newest before
+    /// it. The highest bit: a sync has failed, and the number stays as it is for good.
+    pub durable: AtomicU64,
+    /// The number that the sync in progress covers; 0: none. A crash leaves it: it is overtaken.
+    pub leading: AtomicU64,
+    /// When that began, microseconds.
+    pub since: AtomicU64,
+    /// When the last one ended, likewise.
+    pub ended: AtomicU64,
+    /// Microseconds that a sync takes of late.
+    pub usual: AtomicU64,
+    /// Commits that the next sync may expect to find waiting.
+    pub expected: AtomicU64,
+    /// After a failure: 1, the WAL has been cut back to what is durable. Written by who has WRITE and CHECKPOINT.
+    pub cut: AtomicU32,
+}
+
+/// Where those sleep who wait for a sync.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub struct RoundWords {
+    /// The futex: incremented at the end of every sync.
+    pub round: AtomicU32,
+    /// Non-zero: somebody may sleep. Set by sleepers, cleared by whoever wakes them all. A crash between the two
+    /// leaves them asleep until their own limit.
+    pub asleep: AtomicU32,
+}
+
+/// Commits that share a sync; see `lock::commits`.
+#[repr(C)]
+#[derive(Debug)]
+pub struct CommitWords {
+    pub issued: Line<IssuedWords>,
+    pub synced: Line<SyncedWords>,
+    pub rounds: Line<RoundWords>,
+    /// Where the WAL ended before and after each of the last [`COMMITS`] commits, by number modulo that; see
+    /// `lock::commits::Place`. Written by the holder of WRITE.
+    pub places: [[AtomicU64; 2]; COMMITS],
+}
+
 /// What one seat says of itself. Written by the seat alone, except where it says otherwise; when the seat is dead,
 /// by the broker, which zeroes all of it. A crash leaves what was there.
 #[repr(C, align(128))]
@@ -191,6 +254,8 @@ pub struct Control {
     pub reserved: [u8; 576],
     /// What statements have shown of themselves; see `lock::learned`. Any value is harmless. Written by members.
     pub learned: [AtomicU64; LEARNED],
+    pub commits: CommitWords,
+    pub reserved2: [u8; 1920],
     pub seats: [SeatWords; MAX_SEATS],
 }
 
@@ -238,6 +303,23 @@ const _: () = {
     assert!(offset_of!(Control, locks) == 64);
     assert!(offset_of!(Control, bitmaps) == 512);
     assert!(offset_of!(Control, learned) == 2048 - 64);
-    assert!(offset_of!(Control, seats) == 4096);
+    assert!(offset_of!(IssuedWords, newest) == 0);
+    assert!(offset_of!(IssuedWords, salts) == 8);
+    assert!(offset_of!(IssuedWords, generation) == 16);
+    assert!(offset_of!(SyncedWords, durable) == 0);
+    assert!(offset_of!(SyncedWords, leading) == 8);
+    assert!(offset_of!(SyncedWords, since) == 16);
+    assert!(offset_of!(SyncedWords, ended) == 24);
+    assert!(offset_of!(SyncedWords, usual) == 32);
+    assert!(offset_of!(SyncedWords, expected) == 40);
+    assert!(offset_of!(SyncedWords, cut) == 48);
+    assert!(offset_of!(RoundWords, round) == 0);
+    assert!(offset_of!(RoundWords, asleep) == 4);
+    assert!(offset_of!(CommitWords, issued) == 0);
+    assert!(offset_of!(CommitWords, synced) == 64);
+    assert!(offset_of!(CommitWords, rounds) == 128);
+    assert!(offset_of!(CommitWords, places) == 192);
+    assert!(offset_of!(Control, commits) == 4096 - 64);
+    assert!(offset_of!(Control, seats) == 8192);
     assert!(size_of::<Control>() == CONTROL_SIZE);
 };

@@ -18,6 +18,28 @@ const READ_MARKS: usize = 25;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header([u32; HEADER_WORDS]);
 
+impl Header {
+    /// `mxFrame`: the number of frames that are valid.
+    pub fn frames(&self) -> u32 {
+        self.0[4]
+    }
+
+    /// `szPage`, in bytes; 0: not known yet.
+    pub fn page_size(&self) -> u32 {
+        let [_, _, a, b] = self.0[3].to_ne_bytes();
+        match u16::from_ne_bytes([a, b]) {
+            1 => 65536,
+            size => u32::from(size),
+        }
+    }
+
+    /// `aSalt`: what tells one generation of the WAL from another. Its bytes are the WAL header's.
+    pub fn salts(&self) -> [u8; 8] {
+        let ([a, b, c, d], [e, f, g, h]) = (self.0[8].to_ne_bytes(), self.0[9].to_ne_bytes());
+        [a, b, c, d, e, f, g, h]
+    }
+}
+
 /// The first region's head, in shared memory that others write at any time: only ever read and written word by
 /// word through atomics.
 #[derive(Clone, Copy, Debug)]

@@ -1,7 +1,7 @@
 //! Whether a transaction that begins takes its turn before its snapshot, and what is learned from how it goes on.
 
 use super::main_file::MainFile;
-use super::statement;
+use super::statement::{self, Statement};
 use super::waiting::Rerun;
 use crate::client::config::Begin;
 use crate::client::member::Member;
@@ -17,6 +17,8 @@ pub(super) struct Begun {
     text: u64,
     /// That statement writes.
     writes: bool,
+    /// See [`Statement::silent`](statement::Statement::silent).
+    silent: bool,
     /// The turn was taken ahead.
     ahead: bool,
     /// For the transaction, because others that began like it wrote.
@@ -38,7 +40,8 @@ impl MainFile {
             // The same text may mean this file by `main` here and by another name elsewhere.
             text => text.wrapping_add(u64::from(self.is_main())) | 1 << 63,
         };
-        let mut begun = Begun { text, writes: statement.writes, ..Begun::default() };
+        let Statement { writes, silent, .. } = statement;
+        let mut begun = Begun { text, writes, silent, ..Begun::default() };
         let mut turn_for = 0;
         if statement.writes {
             begun.ahead = !self.knows(text, Lesson::WritesElsewhere);
@@ -63,6 +66,12 @@ impl MainFile {
             }
         }
         begun.ahead
+    }
+
+    /// Nothing of what the transaction reads gets out yet.
+    pub fn keeps_to_itself(&mut self) -> bool {
+        let file = std::ptr::from_mut(self);
+        self.begun.silent && !self.note().is_some_and(|note| note.settles_elsewhere(file))
     }
 
     /// The transaction asks for the write lock.

@@ -44,6 +44,15 @@ pub fn file_control(file: *mut ffi::sqlite3_file, w: &mut Wrapped, op: c_int, ar
                 unsafe { *arg.cast::<c_int>() = c_int::from(external_reader(main)) };
                 return ffi::SQLITE_OK;
             }
+            ffi::SQLITE_FCNTL_COMMIT_PHASETWO if main.gated().is_some() && !main.inherited() => {
+                let rc = main.commit_is_durable();
+                if rc != ffi::SQLITE_OK {
+                    return rc;
+                }
+            }
+            ffi::SQLITE_FCNTL_CKPT_START if main.gated().is_some() && !main.inherited() => {
+                main.checkpoint_starts();
+            }
             _ => {}
         }
     }

@@ -2,6 +2,7 @@
 
 use super::ahead::Begun;
 use super::api::Library;
+use super::durable::WalFile;
 use super::note::Note;
 use super::statement::Connection;
 use super::waiting::{Rerun, Vain};
@@ -9,6 +10,7 @@ use crate::client::activity::Activity;
 use crate::client::config::Config;
 use crate::client::fork;
 use crate::client::member::Member;
+use crate::lock::commits::Number;
 use crate::lock::{FileLevel, slot};
 use crate::segment::wal_index::{Header, WalIndex};
 use crate::wire::message::Mode;
@@ -71,6 +73,18 @@ pub struct MainFile {
     /// See [`Shared::still_ours`](crate::client::shared::Shared::still_ours).
     pub checked: u64,
     lost_said: bool,
+    /// The WAL, while it is open.
+    pub wal_file: Option<WalFile>,
+    /// The number of a commit that is published, or about to be, and not waited for yet.
+    pub commit: Option<Number>,
+    /// The flags of its sync.
+    pub sync_flags: c_int,
+    /// The newest commit in the snapshot, if it was not durable yet; 0: none.
+    pub seen: Number,
+    /// What was seen in the turn gets out at its end only: that is when it is waited for.
+    pub seen_in_turn: bool,
+    /// The wal-index header of the last snapshot, where the segment does not tell what is durable.
+    pub last_header: Option<Header>,
     pub(super) vain: Option<Vain>,
     /// The connection's note, and whose it is.
     note: (usize, Option<Arc<Note>>),
@@ -116,6 +130,12 @@ impl MainFile {
             lock_timeout: 0,
             checked: 0,
             lost_said: false,
+            wal_file: None,
+            commit: None,
+            sync_flags: 0,
+            seen: 0,
+            seen_in_turn: false,
+            last_header: None,
             vain: None,
             note: (0, None),
         }
@@ -202,6 +222,14 @@ impl MainFile {
     pub fn write_begins(&self) {
         if let Some(shared) = self.gated().and_then(|m| m.shared()) {
             shared.write_begins();
+        }
+    }
+
+    /// A statement of this connection that returns rows waits, when it starts, for what was seen here.
+    pub fn settles_at_rows(&mut self, at_rows: bool) {
+        let file = std::ptr::from_mut(self);
+        if let Some(note) = self.note() {
+            note.set_settling(file, at_rows);
         }
     }
 

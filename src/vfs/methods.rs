@@ -3,7 +3,7 @@
 
 use super::main_file::{MainFile, Service};
 use super::wrapped::{Kind, Wrapped};
-use super::{control, locks, open, shm, timeouts};
+use super::{control, durable, locks, open, shm, timeouts};
 use crate::lock::FileLevel;
 use crate::wire::message::Role;
 use libsqlite3_sys as ffi;
@@ -56,6 +56,9 @@ pub fn table(real: &ffi::sqlite3_io_methods, kind: &Kind) -> ffi::sqlite3_io_met
         m.xShmUnmap = m.xShmUnmap.and(Some(shm_unmap));
         m.xFetch = m.xFetch.and(Some(fetch));
     }
+    if let Kind::Companion { wal: Some(_), .. } = kind {
+        m.xRead = Some(read_wal);
+    }
     m
 }
 
@@ -94,7 +97,15 @@ unsafe extern "C" fn close(file: File) -> c_int {
             // SAFETY: the unix VFS's own table, on its own file.
             unsafe { (*real).xClose }.map_or(ffi::SQLITE_OK, |f| unsafe { f(file) })
         };
-        let Kind::Main(mut main) = kind else { return closed() };
+        let mut main = match kind {
+            Kind::Main(main) => main,
+            Kind::Companion { wal, .. } => {
+                if let Some(writes) = wal.filter(|_| !inherited) {
+                    durable::wal_closes(&writes);
+                }
+                return closed();
+            }
+        };
         main.leave_note();
         open::forget(&main);
         if main.told_timeout {
@@ -121,6 +132,9 @@ unsafe extern "C" fn close(file: File) -> c_int {
 
 unsafe extern "C" fn read(file: File, to: *mut c_void, amount: c_int, offset: i64) -> c_int {
     call(file, ffi::SQLITE_IOERR_READ, |w| {
+        if !main_file(w).is_none_or(MainFile::snapshot_is_durable) {
+            return ffi::SQLITE_IOERR_READ;
+        }
         let rc = real!(w, xRead, ffi::SQLITE_IOERR_READ, file, to, amount, offset);
         match after_read(w) {
             true => rc,
@@ -129,8 +143,22 @@ unsafe extern "C" fn read(file: File, to: *mut c_void, amount: c_int, offset: i6
     })
 }
 
+unsafe extern "C" fn read_wal(file: File, to: *mut c_void, amount: c_int, offset: i64) -> c_int {
+    call(file, ffi::SQLITE_IOERR_READ, |w| {
+        if let (false, Kind::Companion { wal: Some(writes), .. }) = (w.inherited(), &w.kind)
+            && !durable::wal_is_read(writes)
+        {
+            return ffi::SQLITE_IOERR_READ;
+        }
+        real!(w, xRead, ffi::SQLITE_IOERR_READ, file, to, amount, offset)
+    })
+}
+
 unsafe extern "C" fn fetch(file: File, offset: i64, amount: c_int, to: *mut *mut c_void) -> c_int {
     call(file, ffi::SQLITE_IOERR_MMAP, |w| {
+        if !main_file(w).is_none_or(MainFile::snapshot_is_durable) {
+            return ffi::SQLITE_IOERR_MMAP;
+        }
         let rc = real!(w, xFetch, ffi::SQLITE_IOERR_MMAP, file, offset, amount, to);
         match after_read(w) {
             true => rc,
@@ -169,9 +197,16 @@ fn after_read(w: &mut Wrapped) -> bool {
 }
 
 unsafe extern "C" fn write(file: File, from: *const c_void, amount: c_int, offset: i64) -> c_int {
-    call(file, ffi::SQLITE_IOERR_WRITE, |w| match may_change(w) {
-        true => real!(w, xWrite, ffi::SQLITE_IOERR_WRITE, file, from, amount, offset),
-        false => ffi::SQLITE_IOERR_WRITE,
+    call(file, ffi::SQLITE_IOERR_WRITE, |w| {
+        if !may_change(w) {
+            return ffi::SQLITE_IOERR_WRITE;
+        }
+        let rc = real!(w, xWrite, ffi::SQLITE_IOERR_WRITE, file, from, amount, offset);
+        if let (ffi::SQLITE_OK, Kind::Companion { wal: Some(writes), .. }) = (rc, &mut w.kind) {
+            // SAFETY: xWrite's own arguments.
+            writes.note(unsafe { durable::bytes(from, amount) }, offset);
+        }
+        rc
     })
 }
 
@@ -184,6 +219,7 @@ unsafe extern "C" fn truncate(file: File, size: i64) -> c_int {
 
 unsafe extern "C" fn sync(file: File, flags: c_int) -> c_int {
     call(file, ffi::SQLITE_IOERR_FSYNC, |w| match may_change(w) {
+        true if matches!(w.kind, Kind::Companion { wal: Some(_), .. }) => durable::sync_wal(w, file, flags),
         true => real!(w, xSync, ffi::SQLITE_IOERR_FSYNC, file, flags),
         false => ffi::SQLITE_IOERR_FSYNC,
     })
@@ -202,7 +238,7 @@ fn may_change(w: &mut Wrapped) -> bool {
             main.checked = checked;
             may
         }
-        Kind::Companion { wal_of, checked } => {
+        Kind::Companion { wal_of, checked, .. } => {
             wal_of.as_ref().is_none_or(|s| !s.poisoned() && s.still_ours(checked))
         }
     }

@@ -11,6 +11,7 @@ mod adopt;
 mod ahead;
 mod api;
 mod control;
+pub mod durable;
 pub mod entry;
 mod join;
 mod locks;

@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::ffi::{CStr, c_int, c_uint, c_void};
 use std::panic::catch_unwind;
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 const NONE: u8 = 0;
@@ -32,6 +32,10 @@ pub struct Note {
     newest: AtomicUsize,
     /// A hash of the statement's text, if it matters: it writes, or is one of an explicit transaction; else 0.
     text: AtomicU64,
+    /// The statement returns rows.
+    rows: AtomicBool,
+    /// The file where a snapshot was taken that is not durable yet and that nobody outside has seen.
+    settling: AtomicPtr<MainFile>,
     /// The file where its turn was taken ahead and not used yet.
     ahead: AtomicPtr<MainFile>,
 }
@@ -53,10 +57,27 @@ impl Note {
             kind: AtomicU8::new(NONE),
             newest: AtomicUsize::new(0),
             text: AtomicU64::new(0),
+            rows: AtomicBool::new(false),
+            settling: AtomicPtr::new(ptr::null_mut()),
             ahead: AtomicPtr::new(ptr::null_mut()),
         });
         notes.insert(db as usize, Arc::downgrade(&note));
         note
+    }
+
+    /// `file` waits for its snapshot to become durable when a statement starts that returns rows; or no more.
+    pub fn set_settling(&self, file: *mut MainFile, settling: bool) {
+        match settling {
+            true => self.settling.store(file, Relaxed),
+            false if self.settling.load(Relaxed) == file => self.settling.store(ptr::null_mut(), Relaxed),
+            false => {}
+        }
+    }
+
+    /// Another file than `file` waits in this way.
+    pub fn settles_elsewhere(&self, file: *mut MainFile) -> bool {
+        let other = self.settling.load(Relaxed);
+        !other.is_null() && other != file
     }
 
     /// `file` has taken its turn ahead.
@@ -81,7 +102,8 @@ impl Note {
     pub fn statement(&self) -> Option<Statement> {
         let kind = self.kind.load(Relaxed);
         let fresh = kind != NONE && self.newest.load(Relaxed) == self.newest_now();
-        fresh.then(|| Statement { writes: kind == WRITES, text: self.text.load(Relaxed) })
+        let silent = kind == WRITES && !self.rows.load(Relaxed);
+        fresh.then(|| Statement { writes: kind == WRITES, silent, text: self.text.load(Relaxed) })
     }
 
     /// The read transaction is over.
@@ -127,6 +149,16 @@ unsafe extern "C" fn traced(
                     if alone || text.is_null() { 0 } else { hash(CStr::from_ptr(text.cast()).to_bytes()) },
                 )
             };
+            // SAFETY: as above.
+            let rows = unsafe { (api.column_count)(subject.cast()) } > 0;
+            let settling = note.settling.load(Relaxed);
+            if rows && !settling.is_null() {
+                // SAFETY: a file of the connection that starts this statement, under the connection's mutex, in no
+                // call of the file's own; it takes itself out of the note before it goes. A sync that fails is
+                // told by the reads that follow.
+                let _ = unsafe { (*settling).settle() };
+            }
+            note.rows.store(rows, Relaxed);
             note.text.store(hash, Relaxed);
             note.newest.store(note.newest_now(), Relaxed);
             note.kind.store(if reads { READS } else { WRITES }, Relaxed);

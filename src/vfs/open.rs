@@ -2,6 +2,7 @@
 //! adopted connection's ATTACH goes.
 
 use super::api::Library;
+use super::durable::{self, WalWrites};
 use super::join;
 use super::main_file::{MainFile, Service};
 use super::methods::guarded;
@@ -229,11 +230,16 @@ fn opened_companion(name: *const c_char, file: File, flags: c_int) {
     let names = lock(&open_files().own);
     let Some(owner) = names.iter().find(|n| n.has(name as usize)) else { return };
     // SAFETY: as in `looked_at`.
-    let main = unsafe { &*owner.main };
+    let main = unsafe { &mut *owner.main };
     let wal = flags & ffi::SQLITE_OPEN_WAL != 0;
     let wal_of = main.gated().filter(|_| wal).and_then(|m| m.shared().cloned());
+    let wal = wal_of.is_some().then(|| {
+        // SAFETY: just opened by the unix VFS.
+        durable::wal_opened(file, unsafe { (*file).pMethods }, main);
+        WalWrites::new(owner.main)
+    });
     // SAFETY: just opened by the unix VFS.
-    unsafe { Wrapped::wrap(file, Kind::Companion { wal_of, checked: 0 }) };
+    unsafe { Wrapped::wrap(file, Kind::Companion { wal_of, checked: 0, wal }) };
 }
 
 /// `xDelete` of both VFSes: a forked child must not delete its parent's journal or WAL.

@@ -189,6 +189,9 @@ fn acquire_read(main: &mut MainFile, slots: Slots) -> Result<c_int, Lost> {
     // What SQLite compares has changed while we waited: it will drop this lock and ask again. That unlock is
     // not the end of the transaction.
     main.retry_expected = ahead && turn && before != main.snapshot_basis(read_slot);
+    if !main.owns(slot::WRITE) {
+        main.note_snapshot();
+    }
     Ok(ffi::SQLITE_OK)
 }
 
@@ -217,6 +220,7 @@ fn acquire_write(main: &mut MainFile, slots: Slots) -> Result<c_int, Lost> {
             main.turn = turn;
             main.leave_note();
             main.write_begins();
+            main.forget_commit();
             if ordinary {
                 main.progress();
             }
@@ -233,6 +237,13 @@ fn acquire_write(main: &mut MainFile, slots: Slots) -> Result<c_int, Lost> {
 
 fn release(main: &mut MainFile, slots: Slots, shared: bool) -> Result<c_int, Lost> {
     let mask = slots.mask().unwrap_or(0);
+    let ends = shared && slots.is_one_read() && !main.retry_expected && !main.owns(slot::WRITE);
+    if slots.is_write()
+        && !shared
+        && let Some(member) = main.gated()
+    {
+        member.hurries(main.commit.is_some());
+    }
     let release = match shared {
         true => {
             main.shared_slots &= !mask;
@@ -256,6 +267,9 @@ fn release(main: &mut MainFile, slots: Slots, shared: bool) -> Result<c_int, Los
         }
     };
     main.gated().ok_or(Lost)?.release(release)?;
+    if ends {
+        main.snapshot_ends();
+    }
     Ok(ffi::SQLITE_OK)
 }
 

@@ -69,6 +69,8 @@ fn running(api: &Routines, db: *mut ffi::sqlite3) -> impl Iterator<Item = *mut f
 pub struct Statement {
     /// Not read-only, which `BEGIN IMMEDIATE` is not either.
     pub writes: bool,
+    /// What it reads does not get out before the transaction ends, or another statement starts that is noted.
+    pub silent: bool,
     /// A hash of its text; 0: it does not matter, or is not known.
     pub text: u64,
 }
@@ -85,7 +87,26 @@ pub fn walk(api: &Routines, db: *mut ffi::sqlite3) -> Statement {
             if sql.is_null() { 0 } else { hash(std::ffi::CStr::from_ptr(sql).to_bytes()) }
         }
     });
-    Statement { writes: writer.is_some(), text }
+    // Nobody notes the statements of this connection: it must be the whole transaction, and return nothing.
+    // SAFETY: as above.
+    let silent = writer.is_some_and(|s| unsafe {
+        (api.column_count)(s) == 0 && !in_transaction(api, db) && changes_rows((api.sql)(s))
+    });
+    Statement { writes: writer.is_some(), silent, text }
+}
+
+/// The text begins like a statement that changes rows; `BEGIN IMMEDIATE`, for one, does not.
+///
+/// # Safety
+/// `sql` is null or NUL-terminated.
+unsafe fn changes_rows(sql: *const std::ffi::c_char) -> bool {
+    if sql.is_null() {
+        return false;
+    }
+    // SAFETY: by contract.
+    let text = unsafe { std::ffi::CStr::from_ptr(sql) }.to_bytes().trim_ascii_start();
+    let begins = |word: &[u8]| text.len() >= word.len() && text[..word.len()].eq_ignore_ascii_case(word);
+    [&b"insert"[..], b"update", b"delete", b"replace"].into_iter().any(begins)
 }
 
 /// An explicit transaction is open.

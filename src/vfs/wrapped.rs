@@ -5,6 +5,7 @@
 //! when the extension is loaded. The `unixFile` stays where and what it is, and the unix VFS's own methods work
 //! on it unchanged.
 
+use super::durable::WalWrites;
 use super::main_file::MainFile;
 use crate::client::fork;
 use crate::client::shared::Shared;
@@ -22,6 +23,8 @@ pub enum Kind {
         wal_of: Option<Arc<Shared>>,
         /// See [`Shared::still_ours`].
         checked: u64,
+        /// What is written to a WAL whose locks are the broker's.
+        wal: Option<WalWrites>,
     },
 }
 
