@@ -75,7 +75,8 @@ pub struct Sync {
 enum Look {
     Durable,
     Failed,
-    Lead,
+    /// Sync, if [`SyncedWords::leading`] is still this.
+    Lead(u64),
     /// Sleep until the round ends, for so many microseconds at most.
     Sleep(u64),
 }
@@ -185,7 +186,7 @@ impl<'a> Commits<'a> {
         let durable = &self.synced().durable;
         let mut now = durable.load(SeqCst);
         loop {
-            if now & FAILED != 0 && !planted("durable-after-failure") {
+            if now & FAILED != 0 {
                 return now & !FAILED >= number;
             }
             if now >= number {
@@ -200,7 +201,9 @@ impl<'a> Commits<'a> {
 
     /// A sync of the WAL has failed: what is not durable by now never will be.
     pub fn fail(&self) {
-        self.synced().durable.fetch_or(FAILED, SeqCst);
+        if !planted("failed-sync-tried-again") {
+            self.synced().durable.fetch_or(FAILED, SeqCst);
+        }
         self.end_round();
     }
 
@@ -222,8 +225,8 @@ impl<'a> Commits<'a> {
             match self.look(number, since) {
                 Look::Durable => return true,
                 Look::Failed => return false,
-                Look::Lead => {
-                    let Some(leading) = self.lead() else { continue };
+                Look::Lead(instead) => {
+                    let Some(leading) = self.lead(instead) else { continue };
                     if !sync() {
                         self.fail();
                     } else {
@@ -252,30 +255,31 @@ impl<'a> Commits<'a> {
             0 => FIRST_GUESS_MICROS,
             usual => usual,
         };
-        if synced.leading.load(SeqCst) != 0 && !planted("leader-waited-for") {
+        let leading = synced.leading.load(SeqCst);
+        if leading != 0 {
             let due = synced.since.load(SeqCst).saturating_add(usual.saturating_mul(2) + OVERDUE_MICROS);
-            return if now >= due {
-                Look::Lead
+            return if now >= due && !planted("leader-waited-for") {
+                Look::Lead(leading)
             } else {
-                Look::Sleep((due - now).min(usual * 2 + OVERDUE_MICROS))
+                Look::Sleep(due.saturating_sub(now).min(usual * 2 + OVERDUE_MICROS))
             };
         }
         let waiting = self.newest().saturating_sub(durable);
-        let from = since.max(synced.ended.load(SeqCst).min(now));
+        let ended = synced.ended.load(SeqCst);
+        let from = if ended <= now { since.max(ended) } else { since };
         let until = from + usual.min(PATIENCE_MICROS);
         if waiting >= synced.expected.load(SeqCst) || now >= until {
-            return Look::Lead;
+            return Look::Lead(0);
         }
         Look::Sleep(until - now)
     }
 
-    /// Leads a sync, unless somebody else has just begun to.
-    fn lead(&self) -> Option<Sync> {
+    /// Leads a sync instead of `instead`, unless somebody else has just begun to.
+    fn lead(&self, instead: u64) -> Option<Sync> {
         let synced = self.synced();
-        let leading = synced.leading.load(SeqCst);
         let sync = self.begin();
         synced.since.store(sync.began, SeqCst);
-        synced.leading.compare_exchange(leading, sync.covers, SeqCst, SeqCst).is_ok().then_some(sync)
+        synced.leading.compare_exchange(instead, sync.covers, SeqCst, SeqCst).is_ok().then_some(sync)
     }
 
     /// After a failure: the length to which the WAL is to be cut, so that no commit that failed is in it. `None`: not

@@ -186,6 +186,17 @@ pub struct CommitWords {
     pub places: [[AtomicU64; 2]; COMMITS],
 }
 
+impl Default for CommitWords {
+    fn default() -> CommitWords {
+        CommitWords {
+            issued: Line::default(),
+            synced: Line::default(),
+            rounds: Line::default(),
+            places: std::array::from_fn(|_| Default::default()),
+        }
+    }
+}
+
 /// What one seat says of itself. Written by the seat alone, except where it says otherwise; when the seat is dead,
 /// by the broker, which zeroes all of it. A crash leaves what was there.
 #[repr(C, align(128))]

@@ -216,7 +216,7 @@ impl MainFile {
     /// The connection writes no other file in this transaction.
     fn shares_its_sync(&self) -> bool {
         let (api, db) = (&self.library.api, self.db());
-        let Some(db_name) = api.db_name.filter(|_| !db.is_null()) else { return false };
+        let Some(db_name) = api.db_name.filter(|_| !db.is_null() && self.shares) else { return false };
         // SAFETY: the connection in whose call we are. 0 is main, 1 temp, which has no part in a super-journal.
         unsafe {
             if db_name(db, 2).is_null() || planted("several-files-share") {
@@ -229,6 +229,9 @@ impl MainFile {
 
     /// `SQLITE_FCNTL_COMMIT_PHASETWO`: waits until the commit is durable. SQLite's code; never BUSY.
     pub fn commit_is_durable(&mut self) -> c_int {
+        if planted("killed-before-durable") {
+            let _ = nix::sys::signal::raise(nix::sys::signal::SIGKILL);
+        }
         let seen = std::mem::take(&mut self.seen);
         let number = self.commit.take().or((seen != 0).then_some(seen));
         match number {
@@ -238,9 +241,16 @@ impl MainFile {
         }
     }
 
-    /// A transaction that has taken WRITE ends without its commit having been waited for.
-    pub fn forget_commit(&mut self) {
-        self.commit = None;
+    /// The read transaction of a commit ends, and nobody has asked whether it is durable: this SQLite does not do things
+    /// in the order that is relied on (or the commit failed after its frames were written). It syncs for itself from
+    /// now on.
+    pub fn commit_was_not_asked_for(&mut self) {
+        let Some(number) = self.commit.take() else { return };
+        self.wait_for(number);
+        self.shares = false;
+        let text =
+            format!("{}: a commit ended without COMMIT_PHASETWO: it syncs by itself from now on", self.path);
+        self.library.log(ffi::SQLITE_WARNING, &text);
     }
 
     fn wait_for(&mut self, number: Number) -> bool {
@@ -254,7 +264,12 @@ impl MainFile {
             // It may only read the segment: a sync of its own, which it cannot share.
             return commits.durable() >= number || wal.sync(flags) == ffi::SQLITE_OK;
         }
-        let durable = commits.wait(number, || wal.sync(flags) == ffi::SQLITE_OK);
+        let durable = commits.wait(number, || {
+            if planted("stopped-while-leading") {
+                let _ = nix::sys::signal::raise(nix::sys::signal::SIGSTOP);
+            }
+            wal.sync(flags) == ffi::SQLITE_OK
+        });
         if !durable {
             self.cut_back();
         }
@@ -299,6 +314,7 @@ impl MainFile {
 
     /// The read transaction is over and its locks are given back.
     pub fn snapshot_ends(&mut self) {
+        self.commit_was_not_asked_for();
         if std::mem::take(&mut self.seen_in_turn) {
             self.settles_at_rows(false);
             // It has not committed (a constraint, a rollback), or less durably than others.

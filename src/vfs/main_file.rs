@@ -77,6 +77,8 @@ pub struct MainFile {
     pub wal_file: Option<WalFile>,
     /// The number of a commit that is published, or about to be, and not waited for yet.
     pub commit: Option<Number>,
+    /// Its commits may share a sync.
+    pub shares: bool,
     /// The flags of its sync.
     pub sync_flags: c_int,
     /// The newest commit in the snapshot, if it was not durable yet; 0: none.
@@ -132,6 +134,7 @@ impl MainFile {
             lost_said: false,
             wal_file: None,
             commit: None,
+            shares: true,
             sync_flags: 0,
             seen: 0,
             seen_in_turn: false,

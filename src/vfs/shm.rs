@@ -220,7 +220,7 @@ fn acquire_write(main: &mut MainFile, slots: Slots) -> Result<c_int, Lost> {
             main.turn = turn;
             main.leave_note();
             main.write_begins();
-            main.forget_commit();
+            main.commit = None;
             if ordinary {
                 main.progress();
             }

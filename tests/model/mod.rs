@@ -9,6 +9,7 @@ mod explore;
 pub mod world;
 
 pub use actor::*;
+pub use engine::{choose, mix, sleep, wake};
 use engine::{post, wait_for_post};
 use explore::{Plan, explore};
 use std::cell::Cell;
@@ -276,7 +277,9 @@ impl Scenario {
                 mortal: self.mortal,
                 reaper: Some(Box::new(move |thread| reap(&w1, ids[thread]))),
                 servers: self.servers,
-                ghost: Box::new(move || u64::from(w2.standing.get()) << 8 | u64::from(w2.had.get())),
+                ghost: Box::new(move || {
+                    mix(u64::from(w2.standing.get()) << 8 | u64::from(w2.had.get()), w2.disk.state())
+                }),
                 always: Box::new(move || always(&w3)),
                 finally: Box::new(move || finally(&w4)),
                 describe: Box::new(move |offset| w5.describe(offset)),

@@ -1,6 +1,6 @@
 //! A database's words, and the checks that look at all of them.
 
-use super::engine::step;
+use super::engine::{mix, step};
 use std::cell::Cell;
 use std::time::Duration;
 use turnstile::lock::SeatId;
@@ -8,9 +8,31 @@ use turnstile::lock::park::Parking;
 use turnstile::lock::table::Table;
 use turnstile::lock::turn::{Ticket, Turn, Word};
 use turnstile::segment::atomic::{AtomicU32, Relaxed, SeqCst};
-use turnstile::segment::layout::{Bitmaps, LockWords, SeatWords};
+use turnstile::segment::layout::{Bitmaps, CommitWords, LockWords, SeatWords};
 
 pub const SEATS: usize = 4;
+
+/// What is written of commits, a bit each, and what of that would be there after power loss.
+#[derive(Default)]
+pub struct Disk {
+    pub written: Cell<u32>,
+    pub published: Cell<u32>,
+    pub synced: Cell<u32>,
+    /// What a failed sync has dropped: the kernel takes it for written from then on.
+    pub dropped: Cell<u32>,
+    pub errors: Cell<u32>,
+    /// The greatest number that was found durable, and the least that was found to have failed.
+    pub durable: Cell<u64>,
+    pub failed: Cell<u64>,
+}
+
+impl Disk {
+    pub fn state(&self) -> u64 {
+        let bits = [&self.written, &self.published, &self.synced, &self.dropped, &self.errors]
+            .map(|c| u64::from(c.get()));
+        bits.into_iter().chain([self.durable.get(), self.failed.get()]).fold(0, mix)
+    }
+}
 
 /// A database's words, and what the checks know of it.
 #[derive(Default)]
@@ -18,6 +40,8 @@ pub struct World {
     pub words: LockWords,
     pub maps: Bitmaps,
     pub seats: [SeatWords; SEATS],
+    pub commits: CommitWords,
+    pub disk: Disk,
     /// Who is where only one may be.
     pub inside: Cell<SeatId>,
     /// Who is where several may be (a bit each).
@@ -68,7 +92,7 @@ impl World {
     }
 
     /// Here, too, another thread may go on.
-    fn step(&self) {
+    pub fn step(&self) {
         match self.beds.is_empty() {
             true => step(),
             false => drop(self.words.counters.0[0].fetch_add(1, SeqCst)),
@@ -141,6 +165,12 @@ impl World {
             ("sleepy".into(), at(&w.sleepy.0)),
             ("mail".into(), at(&self.mail)),
             ("line".into(), at(&self.maps.line)),
+            ("newest".into(), at(&self.commits.issued.0.newest)),
+            ("durable".into(), at(&self.commits.synced.0.durable)),
+            ("leading".into(), at(&self.commits.synced.0.leading)),
+            ("synced".into(), at(&self.commits.synced.0)),
+            ("round".into(), at(&self.commits.rounds.0.round)),
+            ("round asleep".into(), at(&self.commits.rounds.0.asleep)),
             ("sleepers".into(), at(&self.maps.sleepers)),
             ("slot hints".into(), at(&self.maps.slot_hints)),
             ("file hints".into(), at(&self.maps.file_hints)),
