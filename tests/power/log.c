@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 struct log *power_log;
+static size_t mapped;
 
 static struct record *records(void){
   return (struct record *)((char *)power_log + power_log->records_at);
@@ -25,9 +26,9 @@ static char *bytes(void){
   return (char *)power_log + power_log->bytes_at;
 }
 
-/* Opens a log. The process is recorded if it was started under the recorder; else it can note and order. */
+/* Opens a log, in place of another. A process that was started under the recorder is recorded in it, and any can
+** note and order. */
 void power_attach(const char *path){
-  if( power_log ) return;
   /* By system call: the interposers of this library are not to see it. */
   int fd = (int)syscall(SYS_openat, AT_FDCWD, path, O_RDWR|O_CLOEXEC, 0);
   struct stat st;
@@ -41,7 +42,9 @@ void power_attach(const char *path){
     fprintf(stderr, "power: %s is no log\n", path);
     abort();
   }
+  if( power_log ) munmap(power_log, mapped);
   power_log = log;
+  mapped = (size_t)st.st_size;
 }
 
 __attribute__((constructor)) static void attach(void){

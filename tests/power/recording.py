@@ -49,6 +49,8 @@ def library():
     loaded.power_make.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint]
     loaded.power_note.argtypes = [ctypes.c_char_p]
     loaded.power_note.restype = None
+    loaded.power_attach.argtypes = [ctypes.c_char_p]
+    loaded.power_attach.restype = None
     return loaded
 
 
@@ -65,6 +67,11 @@ def order(kinds, suffix, what, skip=0, times=1, pid=0):
     if number < 0:
         raise RuntimeError("no room for an order, or no log attached")
     return number
+
+
+def attach(log):
+    """Lets a process that is not recorded note and order."""
+    library().power_attach(log.encode())
 
 
 def fired(number):
@@ -107,6 +114,7 @@ class Recording:
     def path(self, name):
         return os.path.join(self.files, name)
 
-    def attach(self):
-        """Lets this process, which is not recorded, note and order; for one recording in its life."""
-        library().power_attach(self.log.encode())
+    def order(self, *arguments, **options):
+        """`order`, from a process that is not recorded."""
+        attach(self.log)
+        return order(*arguments, **options)

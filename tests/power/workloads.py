@@ -7,13 +7,16 @@ a text of changing length; every fifth also replaces `filler`. So the counter al
     workload NAME durable|prefix atomic|separate FILE...
     ready                   the tables are there
     ack WORKER SEQ COUNTER  COMMIT has returned
+    did WORKER SEQ COUNTER  COMMIT has returned, at synchronous=NORMAL beside others at FULL
     saw COUNTER             a read transaction has ended that saw so many
 """
 
 import collections
+import errno
 import os
 import random
 import sqlite3
+import subprocess
 
 import recording
 
@@ -26,8 +29,16 @@ WORKERS = 8
 # durable: an acknowledged transaction survives. With journal_mode=DELETE this needs synchronous=EXTRA: at FULL the
 # directory is not synced after the journal was removed, it may be back, and the transaction be rolled back.
 Workload = collections.namedtuple(
-    "Workload", "name brokered journal synchronous writers readers durable files reopen kill page auto_vacuum",
-    defaults=("app.db", 0, False, 1024, 0))
+    "Workload", "name brokered journal synchronous writers readers durable files reopen kill page auto_vacuum mode faults",
+    defaults=("app.db", 0, False, 1024, 0, None, ()))
+
+# Orders (recording.py): what fails, and how often it does not before it does.
+WAL_SYNCS = [(recording.SYNC, "-wal", errno.EIO, n) for n in (5, 23, 24, 60, 111)]
+WAL_FAULTS = [*WAL_SYNCS, (recording.WRITE, "-wal", errno.ENOSPC, 333), (recording.WRITE, "-wal", errno.EIO, 700),
+              (recording.SYNC, ".db", errno.EIO, 4), (recording.WRITE, ".db", errno.EIO, 77)]
+JOURNAL_FAULTS = [(recording.SYNC, "-journal", errno.EIO, 9), (recording.SYNC, ".db", errno.EIO, 15),
+                  (recording.WRITE, "-journal", errno.ENOSPC, 300), (recording.WRITE, ".db", errno.EIO, 500),
+                  (recording.SYNC, ".db", errno.EIO, 60), (recording.SYNC, "-journal", errno.EIO, 151)]
 
 WORKLOADS = [
     Workload("plain-wal-full-1", False, "wal", "full", 1, 0, True),
@@ -35,17 +46,23 @@ WORKLOADS = [
     Workload("plain-wal-normal-3", False, "wal", "normal", 3, 1, False),
     Workload("plain-delete-extra-2", False, "delete", "extra", 2, 1, True),
     Workload("plain-delete-full-1", False, "delete", "full", 1, 0, False),
+    Workload("plain-wal-full-faults-2", False, "wal", "full", 2, 1, True, faults=WAL_FAULTS),
+    Workload("plain-truncate-faults-1", False, "truncate", "full", 1, 0, True, faults=JOURNAL_FAULTS),
     Workload("wal-full-1", True, "wal", "full", 1, 0, True, reopen=30, auto_vacuum=1),
     Workload("wal-full-3", True, "wal", "full", 3, 2, True),
     Workload("wal-full-8", True, "wal", "full", 8, 2, True, reopen=25, page=4096),
     Workload("wal-full-kill-3", True, "wal", "full", 3, 1, True, kill=True),
     Workload("wal-full-kill-all", True, "wal", "full", 1, 0, True, kill=True),
+    Workload("wal-full-faults-3", True, "wal", "full", 3, 1, True, reopen=40, faults=WAL_FAULTS),
     Workload("wal-normal-3", True, "wal", "normal", 3, 1, False, reopen=40),
+    Workload("wal-mixed-4", True, "wal", "mixed", 4, 0, True),
+    Workload("guest-wal-full-2", True, "wal", "full", 2, 1, True, reopen=40, mode="guest"),
     Workload("wal-normal-1", True, "wal", "normal", 1, 0, False),
     Workload("wal-full-two-files-2", True, "wal", "full", 2, 1, True, "app.db other.db"),
     Workload("delete-extra-3", True, "delete", "extra", 3, 1, True),
     Workload("delete-extra-kill-3", True, "delete", "extra", 3, 1, True, kill=True),
     Workload("truncate-full-3", True, "truncate", "full", 3, 1, True, reopen=40),
+    Workload("truncate-faults-2", True, "truncate", "full", 2, 1, True, faults=JOURNAL_FAULTS),
     Workload("persist-full-2", True, "persist", "full", 2, 1, True, auto_vacuum=1),
     Workload("delete-full-two-files-2", True, "delete", "full", 2, 1, True, "app.db other.db"),
 ]
@@ -53,6 +70,11 @@ WORKLOADS = [
 
 def pad(text, length):
     return (text * (length // len(text) + 20))[:length + 20]
+
+
+def synchronous(w):
+    """Of this worker: in a mixture, every other one's is NORMAL."""
+    return w.options["synchronous"] if w.options["synchronous"] != "mixed" else ("full", "normal")[w.id % 2]
 
 
 def open_database(w):
@@ -68,7 +90,7 @@ def open_database(w):
         db.execute(f"PRAGMA {name}.auto_vacuum={o['auto_vacuum']}")
         mode = db.execute(f"PRAGMA {name}.journal_mode={o['journal']}").fetchone()[0]
         assert mode == o["journal"], f"journal_mode is {mode}"
-        db.execute(f"PRAGMA {name}.synchronous={o['synchronous']}")
+        db.execute(f"PRAGMA {name}.synchronous={synchronous(w)}")
         # Little memory: a large transaction writes pages before it is committed.
         db.execute(f"PRAGMA {name}.cache_size=8")
     db.execute("PRAGMA wal_autocheckpoint=30")
@@ -126,6 +148,32 @@ def abandon(db):
     db.execute("ROLLBACK")
 
 
+def rearrange(db, names, chance):
+    """What moves pages and changes nothing."""
+    what = chance.choice(["VACUUM", "wal_checkpoint", "wal_checkpoint(RESTART)", "wal_checkpoint(TRUNCATE)"])
+    if what == "VACUUM":
+        db.execute(f"VACUUM {chance.choice(names)}")
+    else:
+        db.execute(f"PRAGMA {what}").fetchall()
+
+
+def measure(w, db, what):
+    """`what()`, in whatever state an injected error leaves the transaction; False if it failed so."""
+    try:
+        return w.measure(what)
+    except sqlite3.OperationalError as e:
+        expected = e.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL)
+        if not w.options["faults"] or not expected:
+            raise
+        w.more.setdefault("failed", []).append(e.sqlite_errorname)
+        if len(w.more["failed"]) > 50:
+            raise
+        return False
+    finally:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+
+
 def write(w):
     """Writes and acknowledges. Options: reopen (after so many commits), kill (dies at an operation of chance)."""
     o = w.options
@@ -137,21 +185,20 @@ def write(w):
                         chance.choice([recording.KILL_AFTER, recording.KILL_BEFORE]),
                         skip=chance.randrange(20, 700), pid=os.getpid())
 
+    word = "did" if o["synchronous"] == "mixed" and synchronous(w) == "normal" else "ack"
+
     def one():
-        try:
-            seq, n = write_all(db, names, w.id)
-            db.execute("COMMIT")
-        except sqlite3.Error:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            raise
-        recording.note(f"ack {w.id} {seq} {n}")
+        seq, n = write_all(db, names, w.id)
+        db.execute("COMMIT")
+        recording.note(f"{word} {w.id} {seq} {n}")
 
     while w.running():
         if chance.randrange(12) == 0:
-            w.measure(lambda: abandon(db))
-            continue
-        w.measure(one)
+            measure(w, db, lambda: abandon(db))
+        elif chance.randrange(40) == 0:
+            measure(w, db, lambda: rearrange(db, names, chance))
+        else:
+            measure(w, db, one)
         if o["reopen"] and chance.randrange(o["reopen"]) == 0:
             db.close()
             db, names = open_database(w)
@@ -167,11 +214,9 @@ def read(w):
     def one():
         nonlocal last
         db.execute("BEGIN")
-        try:
-            n = db.execute("SELECT n FROM main.meta").fetchone()[0]
-            seen = db.execute("SELECT sum(seq) FROM main.slot").fetchone()[0]
-        finally:
-            db.execute("COMMIT")
+        n = db.execute("SELECT n FROM main.meta").fetchone()[0]
+        seen = db.execute("SELECT sum(seq) FROM main.slot").fetchone()[0]
+        db.execute("COMMIT")
         assert seen == n * SLOTS, f"a reader sees {seen} rows' numbers where {n * SLOTS} belong"
         assert n >= last, f"a reader has seen {last} transactions and now sees {n}"
         if n > last:
@@ -179,7 +224,7 @@ def read(w):
         last = n
 
     while w.running():
-        w.measure(one)
+        measure(w, db, one)
     db.close()
 
 
@@ -193,20 +238,23 @@ def kill_some(workers, ids):
 
 
 def run(workload, record, seed, rows, seconds):
-    """Records `workload`. `record`: a Recording."""
-    base = plain_env() if not workload.brokered else {}
+    """Records `workload` and returns the writers' results. `record`: a Recording."""
     options = {**workload._asdict(), "seed": seed, "load": workload.brokered, "generation": 0}
     path = record.path(workload.files.split()[0])
 
+    mode = {"TURNSTILE_MODE": workload.mode} if workload.mode else {}
+
     def start(n, target, broker, generation=0, **more):
-        env = {**(broker.env if broker else base), **record.env}
-        return Workers(n, target, seconds, path, env=env, record=None,
-                       options={**options, "generation": generation}, **more)
+        env = {**(broker.env if broker else plain_env()), **record.env, **mode}
+        limit = seconds / 3 if workload.kill else seconds
+        return Workers(n, target, limit, path, env=env, options={**options, "generation": generation}, **more)
 
     def all_of_it(broker):
         with start(1, setup, broker) as first:
             first.go().wait()
-        for generation in range(3 if workload.kill else 1):
+        orders = [record.order(kinds, suffix, what, skip) for kinds, suffix, what, skip in workload.faults]
+        results = []
+        for generation in range(5 if workload.kill else 1):
             with start(workload.writers, write, broker, generation, rows=rows) as writers, \
                     start(workload.readers, read, broker, first=100) as readers:
                 writers.ready()
@@ -215,15 +263,41 @@ def run(workload, record, seed, rows, seconds):
                 readers.go()
                 if workload.kill:
                     kill_some(writers, range(workload.writers))
-                results = writers.wait()
+                results += writers.wait()
                 readers.wait()
+        struck = [recording.fired(order) for order in orders]
+        failed = [name for r in results for name in r.get("failed", [])]
+        assert sum(struck) >= len(struck) / 2, f"{workload.name}: of the orders, {struck} struck"
+        assert bool(failed) == bool(orders), f"{workload.name}: the orders {struck} struck, and {failed} failed"
         return results
 
     if not workload.brokered:
         return all_of_it(None)
     with Broker(env=record.env) as broker:
         results = all_of_it(broker)
-        if not [r for r in results if r["busy"]]:
-            return results
-        raise AssertionError(f"{workload.name}: BUSY: {results}")
+        if [r for r in results if r["busy"]]:
+            raise AssertionError(f"{workload.name}: BUSY: {results}")
+        return results
 
+
+def record_all(place, chosen, seed, commits=150, seconds=1.0, sync_usec=100):
+    """Records the workloads `chosen`, each in a directory of its own below `place`: yields directory and results."""
+    for workload in chosen:
+        directory = os.path.join(place, workload.name)
+        os.mkdir(directory)
+        with recording.Recording(directory, sync_usec) as record:
+            yield directory, run(workload, record, seed, commits, seconds)
+
+
+def checker():
+    """The program that makes images and judges them (check/main.rs)."""
+    path = os.environ.get("POWER_CHECK") or os.path.join(recording.ROOT, "target/release/examples/power_check")
+    if not os.path.exists(path):
+        raise harness.SetupError(f"{path} is missing: run `cargo build --release --example power_check`")
+    return path
+
+
+def check(directories, images, seed, violations=5, **options):
+    """Makes `images` images of the recordings and judges them; the ended process."""
+    command = [checker(), "--images", str(images), "--seed", str(seed), "--violations", str(violations)]
+    return subprocess.run([*command, *directories], stdin=subprocess.DEVNULL, text=True, **options)

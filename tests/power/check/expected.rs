@@ -50,13 +50,15 @@ impl Expected {
             match (words[0], &numbers[..]) {
                 ("workload", _) => workload = Some(parse_workload(&words[1..])?),
                 ("ready", []) => owed.push((number, 0)),
-                ("ack", &[worker, seq, counter]) => {
+                (word @ ("ack" | "did"), &[worker, seq, counter]) => {
                     let of_worker = acknowledged.entry(worker).or_default();
                     let before = of_worker.insert(seq, Acknowledged { counter, at: number });
                     if before.is_some() || !counters.insert(counter) {
                         return Err(format!("record {number}: {text} was acknowledged twice: one is lost"));
                     }
-                    raise(&mut owed, number, counter);
+                    if word == "ack" {
+                        raise(&mut owed, number, counter);
+                    }
                 }
                 ("saw", &[counter]) => raise(&mut seen, number, counter),
                 _ => return Err(format!("record {number}: what does {text:?} mean?")),

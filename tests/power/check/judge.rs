@@ -59,7 +59,7 @@ fn one_database(path: &Path, expected: &Expected, position: u64, ready: bool) ->
         .query_row("PRAGMA integrity_check", [], |r| r.get(0))
         .map_err(|e| format!("integrity_check: {e}"))?;
     if integrity != "ok" {
-        return Err(format!("integrity_check: {integrity}"));
+        return Err(format!("integrity_check: {}", integrity.replace('\n', "; ")));
     }
     let counter = match db.query_row("SELECT n FROM meta", [], |r| r.get::<_, i64>(0)) {
         Ok(counter) => counter,
@@ -84,7 +84,7 @@ fn rows(db: &Connection, expected: &Expected, position: u64, counter: i64) -> Re
     for row in rows {
         let (worker, i, seq, text): (i64, i64, i64, String) = row.map_err(|e| format!("a row: {e}"))?;
         if text != pad(&format!("{worker}.{i}.{seq};"), (seq * 37 + i * 101 + worker * 13) % 700) {
-            return Err(format!("row {worker}.{i} of transaction {seq} holds {text:?}"));
+            return Err(format!("row {worker}.{i} of transaction {seq} holds {text:.30}..."));
         }
         match last {
             Some((before, half)) if before == worker && half != seq => {
@@ -114,7 +114,7 @@ fn fillers(db: &Connection, counter: i64) -> Result<(), String> {
     for row in rows {
         let (n, text): (i64, String) = row.map_err(|e| format!("a filler: {e}"))?;
         if n != of || text != pad(&format!("f{n}.{count};"), 400) {
-            return Err(format!("filler {count} is of transaction {n}, not {of}, and holds {text:?}"));
+            return Err(format!("filler {count} is of transaction {n}, not {of}, and holds {text:.30}..."));
         }
         count += 1;
     }
@@ -126,6 +126,6 @@ fn fillers(db: &Connection, counter: i64) -> Result<(), String> {
 }
 
 /// `text` over and over, `length + 20` characters of it.
-fn pad(text: &str, length: i64) -> String {
+pub fn pad(text: &str, length: i64) -> String {
     text.chars().cycle().take(length as usize + 20).collect()
 }
