@@ -17,13 +17,36 @@ import recording  # noqa: E402
 import workloads  # noqa: E402
 
 
-def survives(name, images=600):
-    chosen = [w for w in workloads.WORKLOADS if w.name == name]
+def checked(workload, images=600):
     with tempfile.TemporaryDirectory(prefix="power-", dir=recording.PLACE) as place:
-        directories = [d for d, _ in workloads.record_all(place, chosen, seed=1, commits=80)]
-        done = workloads.check(directories, images, seed=1, capture_output=True)
-        assert not done.returncode, done.stdout + done.stderr
+        directories = [d for d, _ in workloads.record_all(place, [workload], seed=1, commits=80)]
+        done = workloads.check(directories, images, seed=1, violations=100, capture_output=True)
         print(done.stdout)
+        return done
+
+
+def survives(name):
+    [workload] = [w for w in workloads.WORKLOADS if w.name == name]
+    done = checked(workload)
+    assert not done.returncode, done.stdout + done.stderr
+
+
+def test_the_check_notices_plain_sqlite_without_syncs():
+    done = checked(workloads.Workload("off", False, "wal", "off", 1, 0, durable=True))
+    assert done.returncode == 1 and "was acknowledged or seen, but" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_check_notices_that_a_removed_journal_may_be_back():
+    """Plain SQLite syncs the directory after it has removed a journal at EXTRA, not at FULL (its documentation says so)."""
+    done = checked(workloads.Workload("delete", False, "delete", "full", 1, 0, durable=True))
+    assert done.returncode == 1 and "was acknowledged or seen, but" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_check_notices_a_journal_that_was_not_emptied():
+    """Plain SQLite again: the sync of the truncated journal fails, the next transaction writes over what may be back."""
+    fault = (recording.SYNC_EMPTY, "-journal", errno.EIO, 1)
+    done = checked(workloads.Workload("truncate", False, "truncate", "full", 1, 0, durable=True, faults=[fault]), 20000)
+    assert done.returncode == 1 and "integrity_check" in done.stdout, done.stdout + done.stderr
 
 
 @fails_without("ack-before-sync", message="was acknowledged or seen, but")

@@ -31,6 +31,7 @@ enum kind {
   UNLINK = 8,   /* file, data = its name: done, under the lock of names */
   NOTE = 9,     /* data = a text from power_note */
   STRANGE = 10, /* data = what was done that the record cannot hold: whoever reads the log must refuse it */
+  SYNC_EMPTY = 20, /* never in the log: what orders call the sync of an empty file */
 };
 
 struct record {

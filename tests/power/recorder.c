@@ -178,14 +178,18 @@ ssize_t write(int fd, const void *from, size_t n){
 VECTOR(pwritev)
 VECTOR(pwritev64)
 
-void *mmap(void *at, size_t n, int protection, int flags, int fd, off_t offset){
-  REAL(mmap);
-  if( power_log && fd>=0 && (flags & MAP_SHARED) && (protection & PROT_WRITE) ){
-    struct known *file = power_known(fd);
-    if( file ) power_strange("mapped for writing", file->name);
+#define MAP(function) \
+  void *function(void *at, size_t n, int protection, int flags, int fd, off_t offset){ \
+    REAL(function); \
+    if( power_log && fd>=0 && (flags & MAP_SHARED) && (protection & PROT_WRITE) ){ \
+      struct known *file = power_known(fd); \
+      if( file ) power_strange("mapped for writing", file->name); \
+    } \
+    return real(at, n, protection, flags, fd, offset); \
   }
-  return real(at, n, protection, flags, fd, offset);
-}
+
+MAP(mmap)
+MAP(mmap64)
 
 static int sized(int (*real)(int, off_t), int fd, off_t size){
   struct known *file = power_known(fd);
@@ -230,11 +234,11 @@ int fallocate(int fd, int mode, off_t offset, off_t n){
 static int synced(int (*real)(int), int fd){
   struct known *file = power_known(fd);
   struct stat st;
-  int directory = power_log && file==0 && fstat(fd, &st)==0 && st.st_dev==power_log->device
-    && st.st_ino==power_log->inode;
+  if( power_log==0 || fstat(fd, &st)!=0 ) return real(fd);
+  int directory = st.st_dev==power_log->device && st.st_ino==power_log->inode;
   if( file==0 && !directory ) return real(fd);
   uint64_t begin = power_draw(directory ? SYNC_DIR : SYNC, file, 0, 0, 0);
-  int order = file ? power_obey(SYNC, file) : 0;
+  int order = file ? power_obey(st.st_size ? SYNC : SYNC_EMPTY, file) : 0;
   if( order>0 ) return (int)refused(begin, order);
   /* The recorded directory is usually memory, where a sync takes no time; on a disk others go on meanwhile. */
   struct timespec delay = {0, power_log->sync_usec * 1000l};

@@ -23,7 +23,7 @@ ROOT = os.path.dirname(os.path.dirname(HERE))
 sys.path.insert(0, os.path.join(ROOT, "tests", "e2e"))
 
 # log.h
-WRITE, TRUNCATE, SYNC = 1 << 1, 1 << 2, 1 << 4
+WRITE, TRUNCATE, SYNC, SYNC_EMPTY = 1 << 1, 1 << 2, 1 << 4, 1 << 20
 KILL_AFTER, KILL_BEFORE = -1, -2
 # Where directories of recordings are made: in memory, where nothing is slow and the record alone says what is durable.
 PLACE = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -60,7 +60,7 @@ def note(text):
 
 
 def order(kinds, suffix, what, skip=0, times=1, pid=0):
-    """What `kinds` (WRITE | TRUNCATE | SYNC) do to files whose name ends in `suffix`, in process `pid` or in any that is
+    """What `kinds` (WRITE | TRUNCATE | SYNC, of a file that is not empty | SYNC_EMPTY) do to files whose name ends in `suffix`, in process `pid` or in any that is
     recorded, passes `skip` times; then `times` times (-1: for ever) it fails with errno `what`, or ends its process
     (KILL_AFTER, KILL_BEFORE). Returns a number for `fired` and `cancel`. In a recorded process, or after `attach`."""
     number = library().power_order(kinds, suffix.encode(), pid, skip, times, what)

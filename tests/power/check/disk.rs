@@ -2,8 +2,9 @@
 //!
 //! - A write may be on the disk from its begin on. It is there for certain once a sync of its file has returned that
 //!   *began* after the write had *ended*: a sync says nothing of what happened beside it.
-//! - A sync that failed makes nothing certain, and what it should have written no later sync makes certain either:
-//!   the kernel drops the error and takes the pages for clean. Only writing it again does.
+//! - A sync that failed makes nothing certain, and the data that it should have written no later sync makes certain
+//!   either: the kernel drops the error and takes the pages for clean. Only writing it again does. The size of the file
+//!   is no page: the next sync tries again.
 //! - A name that was made or removed is so for certain once a sync of the directory has returned that began after it.
 
 use super::log::Event;
@@ -204,7 +205,7 @@ impl File {
 
     fn lose(&mut self, covered: &[u64]) {
         for p in self.pending.iter_mut().filter(|p| covered.contains(&p.begin)) {
-            p.lost = true;
+            p.lost = matches!(p.change, Change::Write { .. });
         }
     }
 }
