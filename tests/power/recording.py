@@ -9,6 +9,7 @@ Inside a recorded process `note(text)` puts a text in its place in the order, an
 """
 
 import atexit
+import contextlib
 import ctypes
 import errno
 import functools
@@ -25,8 +26,19 @@ sys.path.insert(0, os.path.join(ROOT, "tests", "e2e"))
 # log.h
 WRITE, TRUNCATE, SYNC, SYNC_EMPTY = 1 << 1, 1 << 2, 1 << 4, 1 << 20
 KILL_AFTER, KILL_BEFORE = -1, -2
-# Where directories of recordings are made: in memory, where nothing is slow and the record alone says what is durable.
-PLACE = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
+def place():
+    """Where directories of recordings are made: in memory if there is enough, where nothing waits for a disk and the
+    record alone says what is durable."""
+    with contextlib.suppress(OSError):
+        there = os.statvfs("/dev/shm")
+        if os.access("/dev/shm", os.W_OK) and there.f_bavail * there.f_frsize > 1 << 30:
+            return "/dev/shm"
+    return tempfile.gettempdir()
+
+
+PLACE = place()
 
 
 @functools.cache

@@ -21,7 +21,7 @@ import subprocess
 import recording
 
 import harness
-from harness import Broker, Workers, plain_env
+from harness import Broker, Workers, plain_env, wait_until
 
 SLOTS = 6
 WORKERS = 8
@@ -29,8 +29,8 @@ WORKERS = 8
 # durable: an acknowledged transaction survives. With journal_mode=DELETE this needs synchronous=EXTRA: at FULL the
 # directory is not synced after the journal was removed, it may be back, and the transaction be rolled back.
 Workload = collections.namedtuple(
-    "Workload", "name brokered journal synchronous writers readers durable files reopen kill page auto_vacuum mode faults",
-    defaults=("app.db", 0, False, 1024, 0, None, ()))
+    "Workload", "name brokered journal synchronous writers readers durable files reopen kill page auto_vacuum mode broker faults",
+    defaults=("app.db", 0, False, 1024, 0, None, None, ()))
 
 # Orders (recording.py): what fails, and how often it does not before it does. Not the sync of an emptied journal: plain
 # SQLite goes on after it, and a power loss before the next one mixes two journals (docs/power-loss.md).
@@ -56,6 +56,7 @@ WORKLOADS = [
     Workload("wal-full-kill-all", True, "wal", "full", 1, 0, True, kill=True),
     Workload("wal-full-faults-3", True, "wal", "full", 3, 1, True, reopen=40, faults=WAL_FAULTS),
     Workload("wal-normal-3", True, "wal", "normal", 3, 1, False, reopen=40),
+    Workload("wal-full-broker-killed-3", True, "wal", "full", 3, 1, True, broker="killed"),
     Workload("wal-mixed-4", True, "wal", "mixed", 4, 0, True),
     Workload("guest-wal-full-2", True, "wal", "full", 2, 1, True, reopen=40, mode="guest"),
     Workload("wal-normal-1", True, "wal", "normal", 1, 0, False),
@@ -255,17 +256,22 @@ def run(workload, record, seed, rows, seconds):
             first.go().wait()
         orders = [record.order(kinds, suffix, what, skip) for kinds, suffix, what, skip in workload.faults]
         results = []
-        for generation in range(5 if workload.kill else 1):
+        for generation in range(5 if workload.kill else 2 if workload.broker else 1):
             with start(workload.writers, write, broker, generation, rows=rows) as writers, \
                     start(workload.readers, read, broker, first=100) as readers:
                 writers.ready()
                 readers.ready()
                 writers.go()
                 readers.go()
+                if workload.broker == "killed":
+                    wait_until(lambda: os.path.getsize(path + "-wal") > 20_000, what="the WAL to grow")
+                    broker.kill()
                 if workload.kill:
                     kill_some(writers, range(workload.writers))
                 results += writers.wait()
                 readers.wait()
+            if workload.broker == "killed":
+                broker.start()
         struck = [recording.fired(order) for order in orders]
         failed = [name for r in results for name in r.get("failed", [])]
         assert sum(struck) >= len(struck) / 2, f"{workload.name}: of the orders, {struck} struck"

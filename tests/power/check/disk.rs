@@ -9,6 +9,7 @@
 
 use super::log::Event;
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Change {
@@ -179,11 +180,18 @@ impl Disk {
         self.namings.is_empty() && self.names.values().all(|n| self.files[n].pending.is_empty())
     }
 
-    /// What a process sees that lists and reads the directory.
-    pub fn live(&self) -> impl Iterator<Item = (&str, &[u8])> {
-        self.live_names
-            .iter()
-            .filter_map(|(name, file)| Some((name.as_str(), self.files.get(file)?.live.as_slice())))
+    /// What a process sees that lists and reads the directory: names, contents, and the bytes of which that cannot be
+    /// said, because who changed them was killed before it came back.
+    pub fn live(&self) -> impl Iterator<Item = (&str, &[u8], Vec<Range<usize>>)> {
+        self.live_names.iter().filter_map(|(name, file)| {
+            let file = self.files.get(file)?;
+            let running = file.pending.iter().filter(|p| !p.ended);
+            let doubtful = running.map(|p| match &p.change {
+                Change::Write { offset, data } => *offset..offset + data.len(),
+                Change::Truncate(size) | Change::Extend(size) => *size..usize::MAX,
+            });
+            Some((name.as_str(), file.live.as_slice(), doubtful.collect()))
+        })
     }
 }
 
