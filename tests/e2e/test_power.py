@@ -1,0 +1,133 @@
+"""What a power loss leaves (docs/power-loss.md), that the check of it notices a missing sync, and what failing disks do.
+
+`tests/run` checks all workloads with many more images; here is what fails without the rule that it is there for.
+"""
+
+import errno
+import os
+import sqlite3
+import sys
+import tempfile
+
+import harness
+from harness import Broker, Workers, check_rows, fails_without
+
+sys.path.insert(0, os.path.join(harness.ROOT, "tests", "power"))
+import recording  # noqa: E402
+import workloads  # noqa: E402
+
+
+def checked(workload, images=600):
+    with tempfile.TemporaryDirectory(prefix="power-", dir=recording.PLACE) as place:
+        directories = [d for d, _ in workloads.record_all(place, [workload], seed=1, commits=80)]
+        done = workloads.check(directories, images, seed=1, violations=100, capture_output=True)
+        print(done.stdout)
+        return done
+
+
+def survives(name):
+    [workload] = [w for w in workloads.WORKLOADS if w.name == name]
+    done = checked(workload)
+    assert not done.returncode, done.stdout + done.stderr
+
+
+def test_the_check_notices_plain_sqlite_without_syncs():
+    done = checked(workloads.Workload("off", False, "wal", "off", 1, 0, durable=True))
+    assert done.returncode == 1 and "was acknowledged or seen, but" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_check_notices_that_a_removed_journal_may_be_back():
+    """Plain SQLite syncs the directory after it has removed a journal at EXTRA, not at FULL (its documentation says so)."""
+    done = checked(workloads.Workload("delete", False, "delete", "full", 1, 0, durable=True))
+    assert done.returncode == 1 and "was acknowledged or seen, but" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_check_notices_a_journal_that_was_not_emptied():
+    """Plain SQLite again: the sync of the truncated journal fails, the next transaction writes over what may be back."""
+    fault = (recording.SYNC_EMPTY, "-journal", errno.EIO, 1)
+    done = checked(workloads.Workload("truncate", False, "truncate", "full", 1, 0, durable=True, faults=[fault]), 20000)
+    assert done.returncode == 1 and "integrity_check" in done.stdout, done.stdout + done.stderr
+
+
+@fails_without("ack-before-sync", message="was acknowledged or seen, but")
+def test_what_was_acknowledged_survives_a_power_loss():
+    survives("wal-full-3")
+
+
+@fails_without("checkpoint-without-wal-sync", message="VIOLATION")
+def test_a_checkpoint_copies_only_what_is_synced():
+    survives("wal-normal-3")
+
+
+def insert_until_failed(w):
+    """Inserts rows; what fails is counted by its name, and not acknowledged."""
+    db = w.connect()
+    db.execute("PRAGMA synchronous=FULL")
+    w.ready()
+    seq = 0
+    failed = w.more["failed"] = []
+    while w.running():
+        try:
+            w.measure(lambda: db.execute("INSERT INTO rows VALUES(?, ?)", (w.id, seq)), seq)
+        except sqlite3.OperationalError as e:
+            failed.append(e.sqlite_errorname)
+        seq += 1
+    db.close()
+
+
+def prepare(w):
+    """Makes the database, under the record."""
+    db = w.connect()
+    db.execute("PRAGMA journal_mode=wal")
+    db.execute("CREATE TABLE rows(worker TEXT, seq INTEGER)")
+    w.ready()
+    db.close()
+
+
+def read_and_fail(w):
+    """Tries to write some rows, and reads."""
+    db = w.connect()
+    w.ready()
+    failed = w.more["failed"] = []
+    for seq in range(5):
+        try:
+            db.execute("INSERT INTO rows VALUES(?, ?)", (w.id, seq))
+        except sqlite3.OperationalError as e:
+            failed.append(e.sqlite_errorname)
+    w.more["read"] = db.execute("SELECT count(*) FROM rows").fetchone()[0]
+    db.close()
+
+
+def run_recorded(record, broker, n, target, **options):
+    options = {"rows": None, "first": 0, **options}
+    env = {**broker.env, **record.env}
+    with Workers(n, target, 10.0, record.path("app.db"), broker=broker, env=env, **options) as workers:
+        return workers.go().wait()
+
+
+def test_a_failed_sync_of_the_wal_fails_its_commit():
+    """One sync of three writers' fails: one commit fails, with SQLite's own code, and all go on."""
+    with recording.Recording() as record, Broker(env=record.env) as broker:
+        run_recorded(record, broker, 1, prepare)
+        order = record.order(recording.SYNC, "-wal", errno.EIO, skip=20)
+        results = run_recorded(record, broker, 3, insert_until_failed, rows=60)
+        assert recording.fired(order) == 1
+        failed = [name for r in results for name in r["failed"]]
+        assert failed == ["SQLITE_IOERR_FSYNC"], failed
+        assert not sum(r["busy"] for r in results), results
+        assert [r["committed"] for r in results] == [60] * 3, results
+        check_rows(record.path("app.db"), broker.record)
+
+
+def test_a_full_disk_fails_writers_and_nobody_else():
+    """While no write to the WAL succeeds, writers get SQLITE_FULL at once and read what was there; then all go on."""
+    with recording.Recording() as record, Broker(env=record.env) as broker:
+        run_recorded(record, broker, 1, prepare)
+        run_recorded(record, broker, 2, insert_until_failed, rows=30)
+        order = record.order(recording.WRITE, "-wal", errno.ENOSPC, times=-1)
+        for result in run_recorded(record, broker, 3, read_and_fail):
+            assert result["failed"] == ["SQLITE_FULL"] * 5 and result["read"] == 60, result
+        recording.cancel(order)
+        results = run_recorded(record, broker, 2, insert_until_failed, rows=30, first=10)
+        assert not sum(len(r["failed"]) for r in results), results
+        check_rows(record.path("app.db"), broker.record)
