@@ -8,7 +8,7 @@ mod model;
 use model::{Actor, SEATS, Scenario, World, check, choose, sleep, wake};
 use std::cell::Cell;
 use turnstile::lock::Request;
-use turnstile::lock::commits::{Commits, Number, Place};
+use turnstile::lock::commits::{Awaited, Commits, Place};
 use turnstile::lock::park::Rounds;
 use turnstile::segment::atomic::{AtomicU32, SeqCst};
 
@@ -66,56 +66,63 @@ fn sync(world: &World, told: &Cell<u32>, fails: bool) -> bool {
 }
 
 /// The seat's commit is written, gets its number, is published.
-fn publish(a: &Actor, commits: Commits) -> Number {
+fn publish(a: &Actor, commits: Commits, bit: u32) -> Option<Awaited> {
     a.get(Request::Turn, false);
     let disk = &a.world.disk;
+    if commits.has_failed() {
+        // The WAL is cut back: what failed is not in it any more.
+        let numbers = disk.numbers.get();
+        let failed = (0..16).filter(|i| numbers[*i] > commits.durable()).fold(0, |bits, i| bits | 1 << i);
+        assert_eq!(failed & disk.durable.get(), 0, "said to be durable, and cut off");
+        [&disk.written, &disk.published, &disk.synced].iter().for_each(|c| c.set(c.get() & !failed));
+        disk.dropped.set(0);
+        commits.repaired();
+    }
     let place = |length| Place { generation: 1, length };
     let number = if turnstile::planted::planted("number-before-frames") {
         let number = commits.issue(place(32), place(64));
         a.world.step();
-        disk.written.set(disk.written.get() | 1 << a.id);
+        disk.written.set(disk.written.get() | bit);
         number
     } else {
-        disk.written.set(disk.written.get() | 1 << a.id);
+        disk.written.set(disk.written.get() | bit);
         commits.issue(place(32), place(64))
     };
-    disk.published.set(disk.published.get() | 1 << a.id);
+    let mut numbers = disk.numbers.get();
+    numbers[bit.trailing_zeros() as usize] = number.map_or(0, |n| n.number);
+    disk.numbers.set(numbers);
+    disk.published.set(disk.published.get() | bit);
     assert!(a.seat().end_turn());
-    number.unwrap_or(0)
+    number
 }
 
-/// What is found of `number`, whose snapshot holds the commits `seen`.
-fn found(world: &World, number: Number, durable: bool, seen: u32) {
-    let disk = &world.disk;
-    match durable {
-        true => {
-            assert_eq!(disk.synced.get() & seen, seen, "said to be durable, and not on the disk");
-            disk.durable.set(disk.durable.get().max(number));
-        }
-        false => disk.failed.set(if disk.failed.get() == 0 { number } else { disk.failed.get().min(number) }),
+/// What is said of the commits `seen`: they are on the disk, and will be.
+fn found(world: &World, durable: bool, seen: u32) {
+    if durable {
+        assert_eq!(world.disk.synced.get() & seen, seen, "said to be durable, and not on the disk");
+        world.disk.durable.set(world.disk.durable.get() | seen);
     }
-    let (durable, failed) = (disk.durable.get(), disk.failed.get());
-    assert!(failed == 0 || durable < failed, "{failed} failed, and {durable} after it is durable");
 }
 
 fn commit(a: &Actor, impatient: bool, fails: bool) {
+    commit_as(a, impatient, fails, 1 << a.id);
+}
+
+fn commit_as(a: &Actor, impatient: bool, fails: bool, bit: u32) {
     let beds = Beds::new(a, impatient);
-    let number = publish(a, beds.commits());
-    if number == 0 {
-        return; // a sync had failed before
-    }
-    let told = Cell::new(0);
-    let durable = beds.commits().wait(number, || sync(&a.world, &told, fails));
-    found(&a.world, number, durable, 1 << a.id);
+    let Some(awaited) = publish(a, beds.commits(), bit) else { return }; // a sync had failed before
+    let told = Cell::new(a.world.disk.errors.get());
+    let durable = beds.commits().wait(awaited, || sync(&a.world, &told, fails));
+    found(&a.world, durable, bit);
 }
 
 fn read(a: &Actor, impatient: bool) {
     let beds = Beds::new(a, impatient);
     let seen = a.world.disk.published.get();
-    let Some(number) = beds.commits().pending() else { return };
+    let Some(awaited) = beds.commits().pending() else { return };
     let told = Cell::new(0);
-    let durable = beds.commits().wait(number, || sync(&a.world, &told, false));
-    found(&a.world, number, durable, seen);
+    let durable = beds.commits().wait(awaited, || sync(&a.world, &told, false));
+    found(&a.world, durable, seen);
 }
 
 #[test]
@@ -150,6 +157,12 @@ fn a_writer_or_leader_dies() {
 
 #[test]
 fn a_failed_sync_has_one_answer() {
-    let commits = |a: &Actor| commit(a, false, true);
-    check(&["failed-sync-tried-again"], || Scenario::new().seat(1, commits).seat(2, commits).preemptions(4));
+    let twice = |a: &Actor| {
+        commit(a, false, true);
+        commit_as(a, false, false, 1 << (8 + a.id));
+    };
+    let once = |a: &Actor| commit(a, false, false);
+    check(&["failed-sync-tried-again", "failure-forgotten"], || {
+        Scenario::new().seat(1, twice).seat(2, once).preemptions(2)
+    });
 }

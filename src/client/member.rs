@@ -204,7 +204,7 @@ impl Member {
         }
     }
 
-    /// Takes wal-index slots in a segment that nobody uses any more.
+    /// Takes wal-index slots outside any transaction, if nobody has them.
     pub fn fence(&self, slots: u8) -> bool {
         self.with_seat(|_, seat| slots == 0 || seat.table.try_slots_exclusive(seat.id, slots))
             .unwrap_or(false)

@@ -130,13 +130,6 @@ impl Shared {
         self.control.control().map(|c| Commits { words: &c.commits, rounds: &Futexes })
     }
 
-    /// A sync of the WAL has failed: nobody uses the segment any more.
-    pub fn poison(&self) {
-        if self.role == Role::ReadWrite {
-            self.control.poison();
-        }
-    }
-
     /// At least `wanted` regions, their pages allocated before they are announced, so that nobody can meet a
     /// SIGBUS. `None`: there is no memory for them.
     pub fn grow(&self, wanted: u32) -> Option<u32> {

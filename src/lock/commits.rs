@@ -12,16 +12,33 @@
 //! first to come waits for as many as came last time, at most about as long as a sync takes; the one that makes the
 //! number full leads, because it is awake.
 //!
-//! **A failed sync** stops the number of what is durable for good ([`Commits::fail`]), in the same word: from then on no
-//! later sync, not even one that succeeds, makes any further commit durable, so that all who wait get one answer.
+//! **A failed sync** stops the number of what is durable ([`Commits::fail`]), in the same word: from then on no later sync,
+//! not even one that succeeds (the kernel tells of an error once, and takes the pages for written), makes any further
+//! commit durable, so that all who wait get one answer. Whoever gets WRITE and CHECKPOINT then cuts the WAL back
+//! ([`Commits::cut_at`]) and says which numbers have failed ([`Commits::repaired`]); only after that is anybody told.
 
 use super::park::Rounds;
 use crate::planted::planted;
-use crate::segment::atomic::SeqCst;
-use crate::segment::layout::{COMMITS, CommitWords, IssuedWords, SyncedWords};
+use crate::segment::atomic::{AtomicU64, SeqCst};
+use crate::segment::layout::{COMMITS, CommitWords, FAILURES, IssuedWords, SyncedWords};
 
 /// A commit's place in the order; 0 is before the first.
 pub type Number = u64;
+
+/// What is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Awaited {
+    pub number: Number,
+    /// Failures that had been repaired before the number was known.
+    failures: u32,
+}
+
+impl Awaited {
+    /// Of a segment that does not tell.
+    pub fn unknown() -> Awaited {
+        Awaited { number: Number::MAX, failures: 0 }
+    }
+}
 
 /// [`SyncedWords::durable`]: a sync has failed.
 const FAILED: u64 = 1 << 63;
@@ -103,10 +120,37 @@ impl<'a> Commits<'a> {
         self.synced().durable.load(SeqCst) & FAILED != 0
     }
 
-    /// The newest number if it is not durable yet.
-    pub fn pending(&self) -> Option<Number> {
-        let newest = self.newest();
-        (self.durable() < newest).then_some(newest)
+    /// Failures that have been repaired.
+    pub fn failures(&self) -> u32 {
+        self.synced().failures.load(SeqCst)
+    }
+
+    /// The newest commit.
+    pub fn latest(&self) -> Awaited {
+        // In this order: a failure in between is one of others.
+        let failures = self.failures();
+        Awaited { failures, number: self.newest() }
+    }
+
+    /// The newest commit if it is not durable yet.
+    pub fn pending(&self) -> Option<Awaited> {
+        let latest = self.latest();
+        (self.durable() < latest.number).then_some(latest)
+    }
+
+    /// It is one of those that failed and are no more.
+    pub fn is_lost(&self, awaited: Awaited) -> bool {
+        let failures = self.failures();
+        let since = failures.wrapping_sub(awaited.failures);
+        let among = |failure: u32| {
+            let [first, last] = self.failed(failure).each_ref().map(|w| w.load(SeqCst));
+            (first..=last).contains(&awaited.number)
+        };
+        since as usize > FAILURES || (0..since).any(|i| among(awaited.failures.wrapping_add(i)))
+    }
+
+    fn failed(&self, failure: u32) -> &'a [AtomicU64; 2] {
+        &self.words.failed[failure as usize % FAILURES]
     }
 
     /// The WAL's salts when the last commit was counted; 0: not known.
@@ -133,8 +177,8 @@ impl<'a> Commits<'a> {
 
     /// A number for a commit whose frames are written and which is not yet published. To be called under WRITE.
     /// `None`: too many wait already, or a sync has failed.
-    pub fn issue(&self, from: Place, to: Place) -> Option<Number> {
-        let newest = self.newest();
+    pub fn issue(&self, from: Place, to: Place) -> Option<Awaited> {
+        let Awaited { failures, number: newest } = self.latest();
         if self.has_failed() || newest - self.durable().min(newest) >= COMMITS as u64 - 1 {
             return None;
         }
@@ -143,15 +187,15 @@ impl<'a> Commits<'a> {
         place[0].store(from.to_word(), SeqCst);
         place[1].store(to.to_word(), SeqCst);
         self.issued().newest.store(number, SeqCst);
-        Some(number)
+        Some(Awaited { number, failures })
     }
 
     /// The same for a commit, or a header, that a sync has just made durable.
     pub fn issue_durable(&self, from: Place, to: Place) -> bool {
-        self.issue(from, to).is_some_and(|number| self.raise(number))
+        self.issue(from, to).is_some_and(|awaited| self.raise(awaited.number))
     }
 
-    fn place(&self, number: Number) -> &'a [crate::segment::atomic::AtomicU64; 2] {
+    fn place(&self, number: Number) -> &'a [AtomicU64; 2] {
         &self.words.places[(number % COMMITS as u64) as usize]
     }
 
@@ -199,11 +243,12 @@ impl<'a> Commits<'a> {
         }
     }
 
-    /// A sync of the WAL has failed: what is not durable by now never will be.
-    pub fn fail(&self) {
+    /// A sync of the WAL has failed: what is not durable by now never will be, unless it is written again.
+    pub fn fail(&self, sync: Sync) {
         if !planted("failed-sync-tried-again") {
             self.synced().durable.fetch_or(FAILED, SeqCst);
         }
+        let _ = self.synced().leading.compare_exchange(sync.covers, 0, SeqCst, SeqCst);
         self.end_round();
     }
 
@@ -216,19 +261,19 @@ impl<'a> Commits<'a> {
     }
 
     /// Waits until the commit is durable, and syncs if nobody else does. False: a sync has failed.
-    pub fn wait(&self, number: Number, mut sync: impl FnMut() -> bool) -> bool {
+    pub fn wait(&self, awaited: Awaited, mut sync: impl FnMut() -> bool) -> bool {
         let since = self.rounds.micros();
         let rounds = &self.words.rounds.0;
         loop {
             // Before the look: a round that ends after it is not slept through.
             let round = rounds.round.load(SeqCst);
-            match self.look(number, since) {
+            match self.look(awaited, since) {
                 Look::Durable => return true,
                 Look::Failed => return false,
                 Look::Lead(instead) => {
                     let Some(leading) = self.lead(instead) else { continue };
                     if !sync() {
-                        self.fail();
+                        self.fail(leading);
                     } else {
                         self.end(leading);
                     }
@@ -241,11 +286,12 @@ impl<'a> Commits<'a> {
         }
     }
 
-    fn look(&self, number: Number, since: u64) -> Look {
+    fn look(&self, awaited: Awaited, since: u64) -> Look {
         let synced = self.synced();
         let durable = synced.durable.load(SeqCst);
-        if durable & !FAILED >= number {
-            return Look::Durable;
+        if durable & !FAILED >= awaited.number {
+            // After a repair those that failed are behind it as well.
+            return if self.is_lost(awaited) { Look::Failed } else { Look::Durable };
         }
         if durable & FAILED != 0 {
             return Look::Failed;
@@ -297,13 +343,18 @@ impl<'a> Commits<'a> {
         places.map(|p| p.length).min()
     }
 
-    /// The WAL has been cut back.
-    pub fn set_cut(&self) {
-        self.synced().cut.store(1, SeqCst);
+    /// The WAL has been cut back: what failed is lost, what comes is counted anew. To be called where `cut_at` was.
+    pub fn repaired(&self) {
+        let (durable, newest) = (self.durable(), self.newest());
+        self.lose_count();
+        let failures = self.failures();
+        let failed = self.failed(failures);
+        failed[0].store(durable + 1, SeqCst);
+        failed[1].store(newest, SeqCst);
+        if !planted("failure-forgotten") {
+            self.synced().failures.store(failures.wrapping_add(1), SeqCst);
+        }
+        self.synced().durable.store(newest, SeqCst);
         self.end_round();
-    }
-
-    pub fn is_cut(&self) -> bool {
-        self.synced().cut.load(SeqCst) != 0
     }
 }

@@ -34,6 +34,8 @@ pub const LEARNED: usize = 256;
 pub const COMMITS: usize = 128;
 #[cfg(feature = "loom")]
 pub const COMMITS: usize = 8;
+/// Failed syncs that are remembered, for those who wait for one of their commits.
+pub const FAILURES: usize = 16;
 
 pub const MAGIC: [u8; 8] = *b"trnstile";
 /// Changes with any change of what lies behind [`Header`].
@@ -142,12 +144,12 @@ pub struct IssuedWords {
     pub generation: AtomicU64,
 }
 
-/// What those who sync say. All but `durable` and `cut` are hints: wrong ones cost a sync or a wait.
+/// What those who sync say. All but `durable` and `failures` are hints: wrong ones cost a sync or a wait.
 #[repr(C)]
 #[derive(Debug, Default)]
 pub struct SyncedWords {
     /// Every commit up to this number is on the disk. Raised after a sync, to the number that was the newest before
-    /// it. The highest bit: a sync has failed, and the number stays as it is for good.
+    /// it. The highest bit: a sync has failed, and the number stays as it is until that is repaired.
     pub durable: AtomicU64,
     /// The number that the sync in progress covers; 0: none. A crash leaves it: it is overtaken.
     pub leading: AtomicU64,
@@ -159,8 +161,8 @@ pub struct SyncedWords {
     pub usual: AtomicU64,
     /// Commits that the next sync may expect to find waiting.
     pub expected: AtomicU64,
-    /// After a failure: 1, the WAL has been cut back to what is durable. Written by who has WRITE and CHECKPOINT.
-    pub cut: AtomicU32,
+    /// How many failures have been repaired. Incremented by who has WRITE and CHECKPOINT.
+    pub failures: AtomicU32,
 }
 
 /// Where those sleep who wait for a sync.
@@ -184,6 +186,9 @@ pub struct CommitWords {
     /// Where the WAL ended before and after each of the last [`COMMITS`] commits, by number modulo that; see
     /// `lock::commits::Place`. Written by the holder of WRITE.
     pub places: [[AtomicU64; 2]; COMMITS],
+    /// The first and the last number of those that failed, of the last [`FAILURES`] failures, by their count modulo
+    /// that. Written by who repairs.
+    pub failed: [[AtomicU64; 2]; FAILURES],
 }
 
 impl Default for CommitWords {
@@ -193,6 +198,7 @@ impl Default for CommitWords {
             synced: Line::default(),
             rounds: Line::default(),
             places: std::array::from_fn(|_| Default::default()),
+            failed: Default::default(),
         }
     }
 }
@@ -266,7 +272,7 @@ pub struct Control {
     /// What statements have shown of themselves; see `lock::learned`. Any value is harmless. Written by members.
     pub learned: [AtomicU64; LEARNED],
     pub commits: CommitWords,
-    pub reserved2: [u8; 1920],
+    pub reserved2: [u8; 1664],
     pub seats: [SeatWords; MAX_SEATS],
 }
 
@@ -323,13 +329,14 @@ const _: () = {
     assert!(offset_of!(SyncedWords, ended) == 24);
     assert!(offset_of!(SyncedWords, usual) == 32);
     assert!(offset_of!(SyncedWords, expected) == 40);
-    assert!(offset_of!(SyncedWords, cut) == 48);
+    assert!(offset_of!(SyncedWords, failures) == 48);
     assert!(offset_of!(RoundWords, round) == 0);
     assert!(offset_of!(RoundWords, asleep) == 4);
     assert!(offset_of!(CommitWords, issued) == 0);
     assert!(offset_of!(CommitWords, synced) == 64);
     assert!(offset_of!(CommitWords, rounds) == 128);
     assert!(offset_of!(CommitWords, places) == 192);
+    assert!(offset_of!(CommitWords, failed) == 192 + 2048);
     assert!(offset_of!(Control, commits) == 4096 - 64);
     assert!(offset_of!(Control, seats) == 8192);
     assert!(size_of::<Control>() == CONTROL_SIZE);

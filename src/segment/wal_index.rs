@@ -33,6 +33,11 @@ impl Header {
         }
     }
 
+    /// Where the last valid frame ends in the WAL, bytes.
+    pub fn length(&self) -> u64 {
+        32 + u64::from(self.frames()) * (24 + u64::from(self.page_size()))
+    }
+
     /// `aSalt`: what tells one generation of the WAL from another. Its bytes are the WAL header's.
     pub fn salts(&self) -> [u8; 8] {
         let ([a, b, c, d], [e, f, g, h]) = (self.0[8].to_ne_bytes(), self.0[9].to_ne_bytes());
@@ -88,7 +93,14 @@ impl WalIndex {
         self.word(READ_MARKS + i.min(4)).load(Ordering::SeqCst)
     }
 
-    /// Makes the next reader recover the index from the WAL.
+    /// Makes the next reader recover the index from the WAL, beside those that read now: their marks stay.
+    pub fn forget_header(&self) {
+        for i in 0..2 * HEADER_WORDS {
+            self.word(i).store(0, Ordering::SeqCst);
+        }
+    }
+
+    /// Makes the next reader recover the index from the WAL, which nobody reads now.
     pub fn invalidate(&self) {
         for i in 0..ALL_WORDS {
             self.word(i).store(0, Ordering::SeqCst);

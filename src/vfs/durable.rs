@@ -17,7 +17,7 @@
 
 use super::main_file::MainFile;
 use super::wrapped::{Kind, Wrapped};
-use crate::lock::commits::{Commits, Number, Place};
+use crate::lock::commits::{Awaited, Commits, Place};
 use crate::lock::slot;
 use crate::planted::planted;
 use crate::segment::wal_index::Header;
@@ -31,8 +31,8 @@ type File = *mut ffi::sqlite3_file;
 /// `WAL_HDRSIZE` and `WAL_FRAME_HDRSIZE` in wal.c, bytes.
 const WAL_HEADER: u64 = 32;
 const FRAME_HEADER: u64 = 24;
-/// How long the one that cuts the WAL back waits for a writer that is just writing.
-const CUT_PATIENCE: Duration = Duration::from_secs(5);
+/// How long the one that cuts the WAL back after a failed sync waits for a writer that is just writing.
+const REPAIR_PATIENCE: Duration = Duration::from_secs(5);
 
 /// A connection's WAL while it is open, where its [`MainFile`] finds it.
 #[derive(Clone, Copy)]
@@ -126,6 +126,12 @@ pub fn wal_is_read(writes: &WalWrites) -> bool {
     unsafe { writes.owner() }.snapshot_is_durable()
 }
 
+/// A change of a WAL is about to be made.
+pub fn may_write_wal(writes: &WalWrites) -> bool {
+    // SAFETY: SQLite is in a call for the WAL.
+    unsafe { writes.owner() }.may_write_wal()
+}
+
 /// `xSync` of a WAL.
 pub fn sync_wal(w: &mut Wrapped, file: File, flags: c_int) -> c_int {
     let wal = WalFile { file, real: w.real };
@@ -145,9 +151,9 @@ pub fn sync_wal(w: &mut Wrapped, file: File, flags: c_int) -> c_int {
     if let Some(commit) = commit.filter(|c| header.is_none() && commits.salts() == c.salts && c.salts != 0)
         && wal.is_powersafe()
         && main.shares_its_sync()
-        && let Some(number) = commits.issue(commit.from(commits), commit.to(commits))
+        && let Some(awaited) = commits.issue(commit.from(commits), commit.to(commits))
     {
-        main.commit = Some(number);
+        main.commit = Some(awaited);
         main.sync_flags = flags;
         return ffi::SQLITE_OK;
     }
@@ -155,8 +161,8 @@ pub fn sync_wal(w: &mut Wrapped, file: File, flags: c_int) -> c_int {
     if !(planted("checkpoint-without-wal-sync") && checkpoints) {
         let rc = wal.sync(flags);
         if rc != ffi::SQLITE_OK {
-            commits.fail();
-            main.cut_back();
+            commits.fail(sync);
+            main.repair();
             return rc;
         }
     }
@@ -232,11 +238,10 @@ impl MainFile {
         if planted("killed-before-durable") {
             let _ = nix::sys::signal::raise(nix::sys::signal::SIGKILL);
         }
-        let seen = std::mem::take(&mut self.seen);
-        let number = self.commit.take().or((seen != 0).then_some(seen));
-        match number {
+        let seen = self.seen.take();
+        match self.commit.take().or(seen) {
             Some(_) if planted("ack-before-sync") => ffi::SQLITE_OK,
-            Some(number) if !self.wait_for(number) => ffi::SQLITE_IOERR_FSYNC,
+            Some(awaited) if !self.wait_for(awaited) => ffi::SQLITE_IOERR_FSYNC,
             _ => ffi::SQLITE_OK,
         }
     }
@@ -245,15 +250,15 @@ impl MainFile {
     /// in the order that is relied on (or the commit failed after its frames were written). It syncs for itself from
     /// now on.
     pub fn commit_was_not_asked_for(&mut self) {
-        let Some(number) = self.commit.take() else { return };
-        self.wait_for(number);
+        let Some(awaited) = self.commit.take() else { return };
+        self.wait_for(awaited);
         self.shares = false;
         let text =
             format!("{}: a commit ended without COMMIT_PHASETWO: it syncs by itself from now on", self.path);
         self.library.log(ffi::SQLITE_WARNING, &text);
     }
 
-    fn wait_for(&mut self, number: Number) -> bool {
+    fn wait_for(&mut self, awaited: Awaited) -> bool {
         let (Some(wal), Some(shared)) = (self.wal_file, self.gated().and_then(|m| m.shared().cloned()))
         else {
             return false;
@@ -262,39 +267,53 @@ impl MainFile {
         let Some(commits) = shared.commits() else { return wal.sync(flags) == ffi::SQLITE_OK };
         if shared.table().is_none() {
             // It may only read the segment: a sync of its own, which it cannot share.
-            return commits.durable() >= number || wal.sync(flags) == ffi::SQLITE_OK;
+            return commits.durable() >= awaited.number && !commits.is_lost(awaited)
+                || wal.sync(flags) == ffi::SQLITE_OK;
         }
-        let durable = commits.wait(number, || {
+        let durable = commits.wait(awaited, || {
             if planted("stopped-while-leading") {
                 let _ = nix::sys::signal::raise(nix::sys::signal::SIGSTOP);
             }
             wal.sync(flags) == ffi::SQLITE_OK
         });
         if !durable {
-            self.cut_back();
+            self.repair();
         }
         durable
     }
 
+    /// A snapshot is about to be taken. False: a sync has failed, and that cannot be repaired now.
+    pub fn may_take_snapshot(&mut self) -> bool {
+        let shared = self.gated().and_then(|m| m.shared());
+        let failed = shared.and_then(|s| s.commits()).is_some_and(|c| c.has_failed());
+        !failed || self.repair()
+    }
+
+    /// The frames that a transaction writes may follow those that are there.
+    pub fn may_write_wal(&self) -> bool {
+        let shared = self.gated().and_then(|m| m.shared());
+        !shared.and_then(|s| s.commits()).is_some_and(|c| c.has_failed())
+    }
+
     /// A snapshot has been taken, in the turn or not: remembers the newest commit in it that is not durable yet.
     pub fn note_snapshot(&mut self) {
-        self.seen = 0;
         self.seen_in_turn = false;
-        if !self.config.durable_reads || planted("reads-before-sync") {
-            return;
-        }
-        let Some(shared) = self.gated().and_then(|m| m.shared()) else { return };
-        self.seen = match shared.commits() {
-            Some(commits) => commits.pending().unwrap_or(0),
+        let Some(shared) = self.gated().and_then(|m| m.shared().cloned()) else { return };
+        let commits = shared.commits();
+        self.snapshot = commits.map(|c| c.latest());
+        let waits = self.config.durable_reads && !planted("reads-before-sync");
+        self.seen = match commits {
+            _ if !waits => None,
+            Some(commits) => self.snapshot.filter(|s| commits.durable() < s.number),
             // Laid out otherwise: nobody can say.
             None => {
                 let header = self.wal_index.map(|i| i.header());
                 let changed = header != self.last_header;
                 self.last_header = header;
-                if changed { Number::MAX } else { 0 }
+                changed.then(Awaited::unknown)
             }
         };
-        if self.seen != 0 && self.turn && self.keeps_to_itself() {
+        if self.seen.is_some() && self.turn && self.keeps_to_itself() {
             self.seen_in_turn = true;
             self.settles_at_rows(true);
         }
@@ -303,13 +322,19 @@ impl MainFile {
     /// The first page of a snapshot is about to be read. False: it never will be durable.
     #[inline]
     pub fn snapshot_is_durable(&mut self) -> bool {
-        self.seen == 0 || self.seen_in_turn || self.settle()
+        (self.seen.is_none() || self.seen_in_turn || self.settle()) && !self.snapshot_is_lost()
+    }
+
+    /// A commit in the snapshot has failed and is no more.
+    fn snapshot_is_lost(&self) -> bool {
+        let Some(snapshot) = self.snapshot else { return false };
+        let shared = self.gated().and_then(|m| m.shared());
+        shared.and_then(|s| s.commits()).is_some_and(|c| c.is_lost(snapshot))
     }
 
     /// Waits until the snapshot is durable.
     pub fn settle(&mut self) -> bool {
-        let seen = std::mem::take(&mut self.seen);
-        seen == 0 || self.inherited() || self.wait_for(seen)
+        self.seen.take().is_none_or(|seen| self.inherited() || self.wait_for(seen))
     }
 
     /// The read transaction is over and its locks are given back.
@@ -320,70 +345,75 @@ impl MainFile {
             // It has not committed (a constraint, a rollback), or less durably than others.
             self.settle();
         }
-        self.seen = 0;
+        self.seen = None;
+        self.snapshot = None;
     }
 
     /// A checkpoint is about to copy frames, whether or not its own connection syncs.
     pub fn checkpoint_starts(&mut self) {
         let commits = self.gated().and_then(|m| m.shared().cloned());
-        if let Some(number) = commits.and_then(|s| s.commits().and_then(|c| c.pending())) {
-            self.wait_for(number);
+        if let Some(awaited) = commits.and_then(|s| s.commits().and_then(|c| c.pending())) {
+            self.wait_for(awaited);
         }
     }
 
-    /// A sync of the WAL has failed. Nobody goes on with this segment; and before anybody is told that its commit
-    /// failed, the WAL is cut back to what is durable, or a recovery would bring those commits back, beside the ones
-    /// with which applications tried again.
-    fn cut_back(&mut self) {
-        let Some(shared) = self.gated().and_then(|m| m.shared().cloned()) else { return };
-        let Some(commits) = shared.commits().filter(|_| shared.table().is_some()) else { return };
-        shared.poison();
-        if planted("wal-not-cut") {
-            return;
-        }
-        let end = Instant::now() + CUT_PATIENCE;
-        let held = self.exclusive_slots;
-        let wanted = (1 << slot::WRITE | 1 << slot::CHECKPOINT) & !held;
-        while !commits.is_cut() {
-            let fenced = self.gated().is_some_and(|m| m.fence(wanted));
-            if fenced {
-                let cut = commits.cut_at().zip(self.wal_file);
-                let rc = cut.map_or(ffi::SQLITE_OK, |(length, wal)| wal.truncate(length));
-                if rc == ffi::SQLITE_OK {
-                    commits.set_cut();
-                }
+    /// A sync of the WAL has failed. Before anybody is told that its commit did, the WAL is cut back to what is durable, or
+    /// a recovery would bring those commits back, beside the ones with which applications tried again. Whoever finds it
+    /// so does it. False: somebody has held WRITE or CHECKPOINT all the time.
+    fn repair(&mut self) -> bool {
+        let Some(shared) = self.gated().and_then(|m| m.shared().cloned()) else { return false };
+        let Some(commits) = shared.commits() else { return false };
+        let writes = shared.table().is_some();
+        let end = Instant::now() + REPAIR_PATIENCE;
+        let wanted = (1 << slot::WRITE | 1 << slot::CHECKPOINT) & !self.exclusive_slots;
+        while commits.has_failed() {
+            if writes && self.gated().is_some_and(|m| m.fence(wanted)) {
+                let done = !commits.has_failed() || self.cut_back(commits);
                 if let Some(member) = self.gated() {
                     member.unfence(wanted);
                 }
-                let text = match (cut, rc) {
-                    (Some((length, _)), ffi::SQLITE_OK) => format!(
-                        "a sync of the WAL of {} failed: it was cut back to {length} bytes, the last durable commit; \
-                         every connection must be closed and opened again",
-                        self.path
-                    ),
-                    (None, _) => format!(
-                        "a sync of the WAL of {} failed; every connection must be closed and opened again",
-                        self.path
-                    ),
-                    _ => format!("the WAL of {} cannot be cut back after a failed sync ({rc})", self.path),
-                };
-                self.library.log(ffi::SQLITE_IOERR_FSYNC, &text);
-                if let Some(member) = self.gated() {
-                    member.log(&text);
-                }
-                return;
+                return done;
             }
             if Instant::now() >= end {
                 let text = format!(
-                    "after a failed sync the WAL of {} could not be cut back: a writer holds it; transactions that \
-                     failed may come back",
+                    "after a failed sync the WAL of {} could not be cut back: a writer or a checkpoint holds it",
                     self.path
                 );
                 self.library.log(ffi::SQLITE_IOERR_FSYNC, &text);
-                return;
+                return false;
             }
             std::thread::sleep(Duration::from_millis(1));
         }
+        true
+    }
+
+    /// Under WRITE and CHECKPOINT: cuts the WAL, and has the index recovered from what is left.
+    fn cut_back(&self, commits: Commits) -> bool {
+        let (Some(wal), Some(index)) = (self.wal_file, self.wal_index) else { return false };
+        // Not counted: nobody's commit waited, and the one that synced was not published.
+        let published = || index.valid_header().filter(|h| h.frames() != 0).map(|h| h.length());
+        let length = commits.cut_at().or_else(published);
+        let rc = match length {
+            Some(length) if !planted("wal-not-cut") => wal.truncate(length),
+            _ => ffi::SQLITE_OK,
+        };
+        let text = match (rc, length) {
+            (ffi::SQLITE_OK, Some(length)) => {
+                format!("a sync of the WAL of {} failed: it is cut back to {length} bytes", self.path)
+            }
+            (ffi::SQLITE_OK, None) => format!("a sync of the WAL of {} failed", self.path),
+            _ => format!("the WAL of {} cannot be cut back after a failed sync ({rc})", self.path),
+        };
+        self.library.log(ffi::SQLITE_IOERR_FSYNC, &text);
+        if let Some(member) = self.gated() {
+            member.log(&text);
+        }
+        if rc != ffi::SQLITE_OK {
+            return false;
+        }
+        index.forget_header();
+        commits.repaired();
+        true
     }
 }
 

@@ -10,7 +10,7 @@ use crate::client::activity::Activity;
 use crate::client::config::Config;
 use crate::client::fork;
 use crate::client::member::Member;
-use crate::lock::commits::Number;
+use crate::lock::commits::Awaited;
 use crate::lock::{FileLevel, slot};
 use crate::segment::wal_index::{Header, WalIndex};
 use crate::wire::message::Mode;
@@ -76,13 +76,15 @@ pub struct MainFile {
     /// The WAL, while it is open.
     pub wal_file: Option<WalFile>,
     /// The number of a commit that is published, or about to be, and not waited for yet.
-    pub commit: Option<Number>,
+    pub commit: Option<Awaited>,
     /// Its commits may share a sync.
     pub shares: bool,
     /// The flags of its sync.
     pub sync_flags: c_int,
-    /// The newest commit in the snapshot, if it was not durable yet; 0: none.
-    pub seen: Number,
+    /// The newest commit that may be in the snapshot.
+    pub snapshot: Option<Awaited>,
+    /// The same, if it was not durable yet and has not been waited for.
+    pub seen: Option<Awaited>,
     /// What was seen in the turn gets out at its end only: that is when it is waited for.
     pub seen_in_turn: bool,
     /// The wal-index header of the last snapshot, where the segment does not tell what is durable.
@@ -136,7 +138,8 @@ impl MainFile {
             commit: None,
             shares: true,
             sync_flags: 0,
-            seen: 0,
+            snapshot: None,
+            seen: None,
             seen_in_turn: false,
             last_header: None,
             vain: None,

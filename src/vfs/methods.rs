@@ -238,8 +238,9 @@ fn may_change(w: &mut Wrapped) -> bool {
             main.checked = checked;
             may
         }
-        Kind::Companion { wal_of, checked, .. } => {
+        Kind::Companion { wal_of, checked, wal } => {
             wal_of.as_ref().is_none_or(|s| !s.poisoned() && s.still_ours(checked))
+                && wal.as_ref().is_none_or(durable::may_write_wal)
         }
     }
 }

@@ -174,6 +174,9 @@ fn note_held(main: &mut MainFile, slots: Slots, shared: bool) {
 /// A read transaction begins: the turn first if it will write, then the snapshot.
 fn acquire_read(main: &mut MainFile, slots: Slots) -> Result<c_int, Lost> {
     main.retry_expected = false;
+    if !main.owns(slot::WRITE) && !main.may_take_snapshot() {
+        return Ok(ffi::SQLITE_IOERR_SHMLOCK);
+    }
     // walRestartLog takes a read slot inside a commit: no transaction begins.
     let ahead = !main.owns(slot::WRITE) && main.takes_turn_ahead();
     let read_slot = slots.mask().unwrap_or(0).trailing_zeros() as u8;

@@ -21,16 +21,17 @@ pub struct Disk {
     /// What a failed sync has dropped: the kernel takes it for written from then on.
     pub dropped: Cell<u32>,
     pub errors: Cell<u32>,
-    /// The greatest number that was found durable, and the least that was found to have failed.
-    pub durable: Cell<u64>,
-    pub failed: Cell<u64>,
+    /// What was said to be durable.
+    pub durable: Cell<u32>,
+    /// The numbers of the commits.
+    pub numbers: Cell<[u64; 16]>,
 }
 
 impl Disk {
     pub fn state(&self) -> u64 {
-        let bits = [&self.written, &self.published, &self.synced, &self.dropped, &self.errors]
+        let bits = [&self.written, &self.published, &self.synced, &self.dropped, &self.errors, &self.durable]
             .map(|c| u64::from(c.get()));
-        bits.into_iter().chain([self.durable.get(), self.failed.get()]).fold(0, mix)
+        bits.into_iter().chain(self.numbers.get()).fold(0, mix)
     }
 }
 
