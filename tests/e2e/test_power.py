@@ -106,14 +106,14 @@ def run_recorded(record, broker, n, target, **options):
 
 
 def test_a_failed_sync_of_the_wal_fails_its_commit():
-    """One sync of three writers' fails: one commit fails, with SQLite's own code, and all go on."""
+    """One sync of three writers' fails: the commits that waited for it fail, with SQLite's own code, and all go on."""
     with recording.Recording() as record, Broker(env=record.env) as broker:
         run_recorded(record, broker, 1, prepare)
         order = record.order(recording.SYNC, "-wal", errno.EIO, skip=20)
         results = run_recorded(record, broker, 3, insert_until_failed, rows=60)
         assert recording.fired(order) == 1
         failed = [name for r in results for name in r["failed"]]
-        assert failed == ["SQLITE_IOERR_FSYNC"], failed
+        assert 1 <= len(failed) <= 3 and set(failed) == {"SQLITE_IOERR_FSYNC"}, failed
         assert not sum(r["busy"] for r in results), results
         assert [r["committed"] for r in results] == [60] * 3, results
         check_rows(record.path("app.db"), broker.record)
