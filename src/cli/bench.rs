@@ -200,7 +200,7 @@ fn compare(
             runs.0.push(run);
         }
     }
-    let busy_timeout_ms = [Side::Plain, Side::Turnstile].map(|side| stage.busy_timeout_ms(case, side));
+    let busy_timeout_ms = [Side::Plain, Side::Turnstile].map(|side| stage.busy_timeout_ms(case, side, 0));
     Ok(Comparison { case, plain, turnstile, busy_timeout_ms })
 }
 

@@ -75,7 +75,8 @@ pub fn check(workload: &Workload, directory: &Path, tallies: &[Tally]) -> Found 
             Err(e) => faults.push(format!("{name} cannot be read afterwards: {e}")),
         }
     }
-    if !faults.is_empty() || !workload.operation.writes() {
+    let writes = workload.operation.writes() || workload.beside.is_some_and(|(_, o)| o.writes());
+    if !faults.is_empty() || !writes {
         return Found { written: None, faults };
     }
     if workload.operation == Operation::ReadWrite {

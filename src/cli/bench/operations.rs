@@ -36,7 +36,8 @@ impl Work<'_> {
         }
         match operation {
             Operation::Select { others } => self.select(&db, others, ready),
-            Operation::Insert => self.insert(&db, ready),
+            Operation::Insert => self.insert(&db, 0, ready),
+            Operation::InsertAndPause { ms } => self.insert(&db, ms, ready),
             Operation::Immediate => self.immediate(&db, ready),
             Operation::ReadWrite => self.read_write(&db, ready),
             Operation::Open { same_process } => self.open_and_close(db, same_process, ready),
@@ -86,10 +87,16 @@ impl Work<'_> {
         Ok(measure(window, Operation::Select { others: 0 }.sampling(), |_| read(&mut select, ids.next())))
     }
 
-    fn insert(&self, db: &Connection, ready: Ready) -> Worked {
+    fn insert(&self, db: &Connection, pause_ms: u64, ready: Ready) -> Worked {
         let mut insert = db.prepare(INSERT)?;
         let window = ready(db)?;
-        Ok(measure(window, 1, |seq| insert.execute((self.worker(), seq as i64)).map(drop)))
+        Ok(measure(window, 1, |seq| {
+            insert.execute((self.worker(), seq as i64))?;
+            if pause_ms > 0 {
+                std::thread::sleep(Duration::from_millis(pause_ms));
+            }
+            Ok(())
+        }))
     }
 
     fn immediate(&self, db: &Connection, ready: Ready) -> Worked {

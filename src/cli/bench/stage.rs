@@ -34,9 +34,10 @@ impl Stage<'_> {
         (self.measured / 5).min(Duration::from_millis(300))
     }
 
-    pub fn busy_timeout_ms(&self, case: Case, side: Side) -> u32 {
+    pub fn busy_timeout_ms(&self, case: Case, side: Side, number: usize) -> u32 {
+        let writes = case.workload.operation_of(number, case.processes).writes();
         let usual = match side {
-            Side::Plain if case.workload.operation.writes() => PLAIN_WRITERS_BUSY_TIMEOUT_MS,
+            Side::Plain if writes => PLAIN_WRITERS_BUSY_TIMEOUT_MS,
             _ => 0,
         };
         self.busy_timeout_ms.unwrap_or(usual)
@@ -55,7 +56,8 @@ impl Stage<'_> {
         group.ready(self.signals, PATIENCE)?;
         let window = self.window(case);
         window.save(directory.path()).map_err(Stop::doing("cannot tell the workers when to begin"))?;
-        let waits = Duration::from_millis(self.busy_timeout_ms(case, side).into());
+        let waits =
+            Duration::from_millis(self.busy_timeout_ms.unwrap_or(PLAIN_WRITERS_BUSY_TIMEOUT_MS).into());
         let finished = group.finish(self.signals, self.warm_up() + self.measured + waits + PATIENCE)?;
 
         let (mut tallies, faults) = collect(directory.path(), &finished.endings);
@@ -63,10 +65,16 @@ impl Stage<'_> {
             // What a worker wrote that did not come to its end is not known.
             return Ok(Run { faults, ..Run::of(&[], self.measured) });
         }
+        let mut written = tallies.clone();
+        for (number, tally) in written.iter_mut().enumerate() {
+            if !case.workload.operation_of(number, case.processes).writes() {
+                tally.acknowledged = 0;
+            }
+        }
+        let found = files::check(case.workload, directory.path(), &written);
         let beside = tallies.split_off(case.processes);
         let mut run = Run::of(&tallies, self.measured);
         run.add_errors(&beside);
-        let found = files::check(case.workload, directory.path(), &tallies);
         run.written = found.written;
         run.faults = found.faults;
         directory.close().map_err(Stop::doing("cannot remove a run's directory"))?;
@@ -93,7 +101,7 @@ impl Stage<'_> {
             side,
             number,
             beside: number >= case.processes,
-            busy_timeout_ms: self.busy_timeout_ms(case, side),
+            busy_timeout_ms: self.busy_timeout_ms(case, side, number),
             fill_ms: (self.measured / 2).as_millis().clamp(1, 1000) as u32,
         };
         let mut command = cleaned(Command::new(self.program));

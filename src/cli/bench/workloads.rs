@@ -10,6 +10,10 @@ pub enum Operation {
         others: usize,
     },
     Insert,
+    /// The same, and then so many milliseconds of something else.
+    InsertAndPause {
+        ms: u64,
+    },
     Immediate,
     /// On one counter that all share.
     ReadWrite,
@@ -29,7 +33,8 @@ pub enum Operation {
 
 impl Operation {
     pub fn writes(self) -> bool {
-        matches!(self, Self::Insert | Self::Immediate | Self::ReadWrite | Self::Attach)
+        use Operation::{Attach, Immediate, Insert, InsertAndPause, ReadWrite};
+        matches!(self, Insert | InsertAndPause { .. } | Immediate | ReadWrite | Attach)
     }
 
     /// Every how many operations one is measured. A select takes some 400 ns and two looks at the clock 50 ns.
@@ -42,6 +47,7 @@ impl Operation {
         match self {
             Self::Select { .. } => "SELECT one row by rowid, its own read transaction",
             Self::Insert => "INSERT one row, autocommit",
+            Self::InsertAndPause { .. } => "INSERT one row, autocommit, and a pause",
             Self::Immediate => "BEGIN IMMEDIATE; INSERT one row; COMMIT",
             Self::ReadWrite => "BEGIN; SELECT the counter; UPDATE it; COMMIT",
             Self::Open { .. } => "open a connection, SELECT one row, close",
@@ -89,6 +95,16 @@ pub struct Workload {
     pub quick: bool,
 }
 
+impl Workload {
+    /// What the process of this number does, of which `processes` are measured.
+    pub fn operation_of(&self, number: usize, processes: usize) -> Operation {
+        match self.beside {
+            Some((_, operation)) if number >= processes => operation,
+            _ => self.operation,
+        }
+    }
+}
+
 /// What most workloads are; the table says how each differs.
 const BASE: Workload = Workload {
     name: "",
@@ -101,6 +117,8 @@ const BASE: Workload = Workload {
     quick: true,
 };
 
+const READERS: Operation = Operation::Select { others: 0 };
+const PAUSING: Operation = Operation::InsertAndPause { ms: 2 };
 const MANY: Counts = Counts::Usually(&[1, 2, 4, 8, 32]);
 const HOLDER: Option<(usize, Operation)> = Some((1, Operation::Hold { connections: 1 }));
 
@@ -123,6 +141,53 @@ pub const ALL: &[Workload] = &[
         about: "one row a commit, durable",
         synchronous: Synchronous::Full,
         counts: MANY,
+        ..BASE
+    },
+    Workload {
+        name: "insert-full-64",
+        about: "the same from 64 processes",
+        synchronous: Synchronous::Full,
+        counts: Counts::Always(64),
+        quick: false,
+        ..BASE
+    },
+    Workload {
+        name: "busy-commits",
+        about: "8 busy writers, durable, beside 4 busy readers: the commits",
+        synchronous: Synchronous::Full,
+        counts: Counts::Always(8),
+        beside: Some((4, READERS)),
+        quick: false,
+        ..BASE
+    },
+    Workload {
+        name: "busy-reads",
+        about: "the same 8 and 4: the reads",
+        operation: READERS,
+        synchronous: Synchronous::Full,
+        counts: Counts::Always(4),
+        beside: Some((8, Operation::Insert)),
+        quick: false,
+        ..BASE
+    },
+    Workload {
+        name: "pausing-commits",
+        about: "4 writers that pause 2 ms after each durable commit, beside 2 busy readers: the commits",
+        operation: PAUSING,
+        synchronous: Synchronous::Full,
+        counts: Counts::Always(4),
+        beside: Some((2, READERS)),
+        quick: false,
+        ..BASE
+    },
+    Workload {
+        name: "pausing-reads",
+        about: "the same 4 and 2: the reads",
+        operation: READERS,
+        synchronous: Synchronous::Full,
+        counts: Counts::Always(2),
+        beside: Some((4, PAUSING)),
+        quick: false,
         ..BASE
     },
     Workload {
