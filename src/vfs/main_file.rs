@@ -2,10 +2,10 @@
 
 use super::ahead::Begun;
 use super::api::Library;
-use super::durable::WalFile;
 use super::note::Note;
 use super::statement::Connection;
 use super::waiting::{Rerun, Vain};
+use super::wal::WalFile;
 use crate::client::activity::Activity;
 use crate::client::config::Config;
 use crate::client::fork;

@@ -3,7 +3,7 @@
 
 use super::main_file::{MainFile, Service};
 use super::wrapped::{Kind, Wrapped};
-use super::{control, durable, locks, open, shm, timeouts};
+use super::{control, locks, open, shm, timeouts, wal};
 use crate::lock::FileLevel;
 use crate::wire::message::Role;
 use libsqlite3_sys as ffi;
@@ -101,7 +101,7 @@ unsafe extern "C" fn close(file: File) -> c_int {
             Kind::Main(main) => main,
             Kind::Companion { wal, .. } => {
                 if let Some(writes) = wal.filter(|_| !inherited) {
-                    durable::wal_closes(&writes);
+                    wal::wal_closes(&writes);
                 }
                 return closed();
             }
@@ -146,7 +146,7 @@ unsafe extern "C" fn read(file: File, to: *mut c_void, amount: c_int, offset: i6
 unsafe extern "C" fn read_wal(file: File, to: *mut c_void, amount: c_int, offset: i64) -> c_int {
     call(file, ffi::SQLITE_IOERR_READ, |w| {
         if let (false, Kind::Companion { wal: Some(writes), .. }) = (w.inherited(), &w.kind)
-            && !durable::wal_is_read(writes)
+            && !wal::wal_is_read(writes)
         {
             return ffi::SQLITE_IOERR_READ;
         }
@@ -204,7 +204,7 @@ unsafe extern "C" fn write(file: File, from: *const c_void, amount: c_int, offse
         let rc = real!(w, xWrite, ffi::SQLITE_IOERR_WRITE, file, from, amount, offset);
         if let (ffi::SQLITE_OK, Kind::Companion { wal: Some(writes), .. }) = (rc, &mut w.kind) {
             // SAFETY: xWrite's own arguments.
-            writes.note(unsafe { durable::bytes(from, amount) }, offset);
+            writes.note(unsafe { wal::bytes(from, amount) }, offset);
         }
         rc
     })
@@ -219,7 +219,7 @@ unsafe extern "C" fn truncate(file: File, size: i64) -> c_int {
 
 unsafe extern "C" fn sync(file: File, flags: c_int) -> c_int {
     call(file, ffi::SQLITE_IOERR_FSYNC, |w| match may_change(w) {
-        true if matches!(w.kind, Kind::Companion { wal: Some(_), .. }) => durable::sync_wal(w, file, flags),
+        true if matches!(w.kind, Kind::Companion { wal: Some(_), .. }) => wal::sync_wal(w, file, flags),
         true => real!(w, xSync, ffi::SQLITE_IOERR_FSYNC, file, flags),
         false => ffi::SQLITE_IOERR_FSYNC,
     })
@@ -240,7 +240,7 @@ fn may_change(w: &mut Wrapped) -> bool {
         }
         Kind::Companion { wal_of, checked, wal } => {
             wal_of.as_ref().is_none_or(|s| !s.poisoned() && s.still_ours(checked))
-                && wal.as_ref().is_none_or(durable::may_write_wal)
+                && wal.as_ref().is_none_or(wal::may_write_wal)
         }
     }
 }

@@ -2,10 +2,10 @@
 //! adopted connection's ATTACH goes.
 
 use super::api::Library;
-use super::durable::{self, WalWrites};
 use super::join;
 use super::main_file::{MainFile, Service};
 use super::methods::guarded;
+use super::wal::{self, WalWrites};
 use super::wrapped::{Kind, Wrapped, descriptor};
 use crate::client::config::{Config, FOR_ONE_DATABASE};
 use crate::client::fork::PerProcess;
@@ -235,7 +235,7 @@ fn opened_companion(name: *const c_char, file: File, flags: c_int) {
     let wal_of = main.gated().filter(|_| wal).and_then(|m| m.shared().cloned());
     let wal = wal_of.is_some().then(|| {
         // SAFETY: just opened by the unix VFS.
-        durable::wal_opened(file, unsafe { (*file).pMethods }, main);
+        wal::wal_opened(file, unsafe { (*file).pMethods }, main);
         WalWrites::new(owner.main)
     });
     // SAFETY: just opened by the unix VFS.

@@ -5,8 +5,8 @@
 //! when the extension is loaded. The `unixFile` stays where and what it is, and the unix VFS's own methods work
 //! on it unchanged.
 
-use super::durable::WalWrites;
 use super::main_file::MainFile;
+use super::wal::WalWrites;
 use crate::client::fork;
 use crate::client::shared::Shared;
 use libsqlite3_sys as ffi;

@@ -1,0 +1,210 @@
+//! A WAL whose database's locks are the broker's: what is written to it, and what its `xSync` is (see
+//! [`super::durable`]).
+
+use super::main_file::MainFile;
+use super::wrapped::{Kind, Wrapped};
+use crate::lock::commits::{Commits, Place};
+use crate::lock::slot;
+use crate::planted::planted;
+use crate::segment::wal_index::Header;
+use crate::wire::message::Role;
+use libsqlite3_sys as ffi;
+use std::ffi::{c_int, c_void};
+
+type File = *mut ffi::sqlite3_file;
+
+/// `WAL_HDRSIZE` and `WAL_FRAME_HDRSIZE` in wal.c, bytes.
+const WAL_HEADER: u64 = 32;
+const FRAME_HEADER: u64 = 24;
+/// A connection's WAL while it is open, where its [`MainFile`] finds it.
+#[derive(Clone, Copy)]
+pub struct WalFile {
+    file: File,
+    real: *const ffi::sqlite3_io_methods,
+}
+
+impl std::fmt::Debug for WalFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("WalFile")
+    }
+}
+
+impl WalFile {
+    pub(super) fn sync(self, flags: c_int) -> c_int {
+        // SAFETY: the unix VFS's own method on its own file, which is open: closing it takes it out of the MainFile.
+        unsafe { (*self.real).xSync.map_or(ffi::SQLITE_IOERR_FSYNC, |f| f(self.file, flags)) }
+    }
+
+    pub(super) fn truncate(self, length: u64) -> c_int {
+        // SAFETY: as above.
+        unsafe { (*self.real).xTruncate.map_or(ffi::SQLITE_IOERR_TRUNCATE, |f| f(self.file, length as i64)) }
+    }
+
+    /// Writing some bytes never harms those beside them.
+    fn is_powersafe(self) -> bool {
+        // SAFETY: as above.
+        let has = unsafe { (*self.real).xDeviceCharacteristics.map_or(0, |f| f(self.file)) };
+        has & ffi::SQLITE_IOCAP_POWERSAFE_OVERWRITE != 0
+    }
+}
+
+/// What has been written to a WAL since its last sync.
+#[derive(Debug)]
+pub struct WalWrites {
+    owner: *mut MainFile,
+    /// The salts of a header that has been written and not synced.
+    header: Option<[u8; 8]>,
+    /// The salts of the last header written here.
+    salts: [u8; 8],
+    /// Offset of the last frame header with a commit mark.
+    commit: Option<u64>,
+    /// Size of the last page.
+    page: u64,
+}
+
+impl WalWrites {
+    /// `owner` is the database's state, which outlives the WAL's: SQLite closes the WAL first.
+    pub fn new(owner: *mut MainFile) -> WalWrites {
+        WalWrites { owner, header: None, salts: [0; 8], commit: None, page: 0 }
+    }
+
+    /// The database's state.
+    ///
+    /// # Safety
+    /// No other reference to it is alive: SQLite is in a call for the WAL, so it is in none for the database.
+    unsafe fn owner<'a>(&self) -> &'a mut MainFile {
+        // SAFETY: by contract and that of `new`.
+        unsafe { &mut *self.owner }
+    }
+
+    /// A write that went well: a header, a frame's header, or a frame's page.
+    pub fn note(&mut self, bytes: &[u8], offset: i64) {
+        match (bytes.len() as u64, u64::try_from(offset).unwrap_or(0)) {
+            (WAL_HEADER, 0) => {
+                self.salts.copy_from_slice(&bytes[16..24]);
+                self.header = Some(self.salts);
+            }
+            (FRAME_HEADER, at) if bytes[4..8] != [0; 4] => self.commit = Some(at),
+            (FRAME_HEADER, _) => {}
+            (page, _) => self.page = page,
+        }
+    }
+}
+
+/// The WAL has been opened.
+pub fn wal_opened(file: File, real: *const ffi::sqlite3_io_methods, main: &mut MainFile) {
+    main.wal_file = Some(WalFile { file, real });
+}
+
+/// It is about to close.
+pub fn wal_closes(writes: &WalWrites) {
+    // SAFETY: SQLite is in a call for the WAL.
+    unsafe { writes.owner() }.wal_file = None;
+}
+
+/// `xRead` of a WAL, before it: the snapshot is durable.
+pub fn wal_is_read(writes: &WalWrites) -> bool {
+    // SAFETY: SQLite is in a call for the WAL.
+    unsafe { writes.owner() }.snapshot_is_durable()
+}
+
+/// A change of a WAL is about to be made.
+pub fn may_write_wal(writes: &WalWrites) -> bool {
+    // SAFETY: SQLite is in a call for the WAL.
+    unsafe { writes.owner() }.may_write_wal()
+}
+
+/// `xSync` of a WAL.
+pub fn sync_wal(w: &mut Wrapped, file: File, flags: c_int) -> c_int {
+    let wal = WalFile { file, real: w.real };
+    let Kind::Companion { wal: Some(writes), .. } = &mut w.kind else { return wal.sync(flags) };
+    let (header, frame) = (writes.header.take(), writes.commit.take());
+    // SAFETY: SQLite is in a call for the WAL.
+    let main = unsafe { writes.owner() };
+    let shared = main.gated().filter(|m| m.role() == Role::ReadWrite).and_then(|m| m.shared().cloned());
+    let Some(commits) = shared.as_ref().and_then(|s| s.commits()) else { return wal.sync(flags) };
+    let checkpoints = main.owns(slot::CHECKPOINT);
+    if !checkpoints && !main.owns(slot::WRITE) {
+        // locking_mode=EXCLUSIVE: its commits are not counted, and no lock of the wal-index is taken for them.
+        commits.lose_count();
+        return wal.sync(flags);
+    }
+    let commit = frame.filter(|_| !checkpoints).and_then(|at| Commit::of(main, writes, at));
+    if let Some(commit) = commit.filter(|c| header.is_none() && commits.salts() == c.salts && c.salts != 0)
+        && wal.is_powersafe()
+        && main.shares_its_sync()
+        && let Some(awaited) = commits.issue(commit.from(commits), commit.to(commits))
+    {
+        main.commit = Some(awaited);
+        main.sync_flags = flags;
+        return ffi::SQLITE_OK;
+    }
+    let sync = commits.begin();
+    if !(planted("checkpoint-without-wal-sync") && checkpoints) {
+        let rc = wal.sync(flags);
+        if rc != ffi::SQLITE_OK {
+            commits.fail(sync);
+            main.repair();
+            return rc;
+        }
+    }
+    if !commits.end(sync) {
+        return ffi::SQLITE_IOERR_FSYNC;
+    }
+    if let Some(salts) = header {
+        let generation = commits.begin_generation(u64::from_ne_bytes(salts));
+        let place = |length| Place { generation, length };
+        commits.issue_durable(place(0), place(WAL_HEADER));
+    } else if let Some(commit) = commit {
+        if commits.salts() != commit.salts {
+            commits.begin_generation(commit.salts);
+            commits.issue_durable(commit.to(commits), commit.to(commits));
+        } else {
+            commits.issue_durable(commit.from(commits), commit.to(commits));
+        }
+    }
+    ffi::SQLITE_OK
+}
+
+/// Where a commit lies in the WAL.
+#[derive(Clone, Copy)]
+struct Commit {
+    salts: u64,
+    from: u64,
+    to: u64,
+}
+
+impl Commit {
+    /// The commit that `main` is about to publish, its last frame at `frame`.
+    fn of(main: &MainFile, writes: &WalWrites, frame: u64) -> Option<Commit> {
+        let published: Header = main.wal_index?.header();
+        let frames = u64::from(published.frames());
+        // With no frame published yet, this transaction has written the header.
+        let salts = if frames == 0 { writes.salts } else { published.salts() };
+        if frames != 0 && u64::from(published.page_size()) != writes.page {
+            return None;
+        }
+        Some(Commit {
+            salts: u64::from_ne_bytes(salts),
+            from: WAL_HEADER + frames * (FRAME_HEADER + writes.page),
+            to: frame + FRAME_HEADER + writes.page,
+        })
+    }
+
+    fn from(&self, commits: Commits) -> Place {
+        Place { generation: commits.generation(), length: self.from }
+    }
+
+    fn to(&self, commits: Commits) -> Place {
+        Place { generation: commits.generation(), length: self.to }
+    }
+}
+
+/// The bytes of a write.
+///
+/// # Safety
+/// As for `xWrite`: `from` points at `amount` bytes.
+pub unsafe fn bytes<'a>(from: *const c_void, amount: c_int) -> &'a [u8] {
+    // SAFETY: by contract.
+    unsafe { std::slice::from_raw_parts(from.cast(), usize::try_from(amount).unwrap_or(0)) }
+}
