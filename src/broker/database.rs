@@ -173,6 +173,22 @@ impl Database {
         (seat as usize <= MAX_SEATS).then_some(seat)
     }
 
+    /// The seat's connection is closed, its process keeps it for the next one.
+    pub fn rests(&self, seat: SeatId) -> bool {
+        self.table().rests(seat) && self.seats.get(&seat).is_some_and(|s| s.role == Role::ReadWrite)
+    }
+
+    /// Closes seats that rest: one, if `all` is not wanted, else all of them if no other seat is left. They are gone then,
+    /// also if one of them has been taken in use again meanwhile.
+    pub fn close_resting(&self, all: bool) -> Vec<SeatId> {
+        let resting: Vec<SeatId> = self.seats.keys().copied().filter(|s| self.rests(*s)).collect();
+        if all && resting.len() < self.seats.len() {
+            return Vec::new();
+        }
+        let closed = resting.into_iter().filter(|s| self.table().close_resting(*s));
+        closed.take(if all { MAX_SEATS } else { 1 }).collect()
+    }
+
     /// The session has the segment's descriptors for this role already.
     pub fn has_session(&self, session: u64, role: Role) -> bool {
         self.seats.values().any(|s| s.session == session && s.role == role)

@@ -114,6 +114,11 @@ impl Session {
         hung_up
     }
 
+    /// It is known to be gone.
+    pub fn was_lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire)
+    }
+
     /// Ends the session for both sides: the broker must not grant what nobody will hear of.
     pub fn lose(&self) -> Lost {
         self.lost.store(true, Ordering::Release);

@@ -32,7 +32,7 @@ pub const LEARNED: usize = 256;
 
 pub const MAGIC: [u8; 8] = *b"trnstile";
 /// Changes with any change of what lies behind [`Header`].
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 
 /// The beginning of the control memfd: the same in every layout version, so that a client of another version can
 /// still use the socket lane with it.
@@ -143,7 +143,10 @@ pub struct SeatWords {
     /// What the seat's turn is for: 0, a statement; [`FOR_TRANSACTION`] or [`FOR_GUESS`], the whole transaction, so
     /// that a write lock may follow much later.
     pub turn_for: AtomicU32,
-    pub reserved: [u32; 7],
+    /// In use, [`RESTING`] or [`CLOSED`] (`lock::rest`), above that how often the seat's number has been given out
+    /// again. The seat lets it rest and takes it back; the broker closes what rests, and counts. A crash leaves it.
+    pub state: AtomicU32,
+    pub reserved: [u32; 6],
     /// Place in the line, 0 when not in it. The broker may replace it by a later one when the seat, being first,
     /// does not come for its turn.
     pub ticket: AtomicU64,
@@ -165,6 +168,13 @@ pub struct SeatWords {
 pub const FOR_TRANSACTION: u32 = 1;
 /// [`SeatWords::turn_for`]: a transaction like others that wrote.
 pub const FOR_GUESS: u32 = 2;
+
+/// [`SeatWords::state`]: its connection is closed, its process keeps it for the next one.
+pub const RESTING: u32 = 1;
+/// [`SeatWords::state`]: given up, and not yet given out again.
+pub const CLOSED: u32 = 2;
+/// [`SeatWords::state`]: the bits that say which; the count is above them.
+pub const STATE: u32 = 3;
 
 /// [`SeatWords::file`]: SHARED is held.
 pub const FILE_SHARED: u32 = 1;
@@ -227,6 +237,7 @@ const _: () = {
     assert!(offset_of!(SeatWords, turn_since) == 16);
     assert!(offset_of!(SeatWords, connection) == 24);
     assert!(offset_of!(SeatWords, turn_for) == 32);
+    assert!(offset_of!(SeatWords, state) == 36);
     // What others write is on a line of its own.
     assert!(offset_of!(SeatWords, ticket) == 64);
     assert!(offset_of!(SeatWords, park) == 72);

@@ -1,0 +1,88 @@
+//! A closed connection's seat: it rests, or is given up.
+
+use super::joining::lock;
+use super::member::Member;
+use super::resting;
+use crate::lock::rest::Rest;
+use crate::planted::planted;
+use crate::wire::message::ToBroker;
+use std::sync::Arc;
+
+impl Member {
+    /// The connection is closed, its own descriptor too: once the gate is open, a plain connection of this very process
+    /// may lock the file, and closing any descriptor of it would drop that lock.
+    ///
+    /// The seat rests while another one is in use, in whichever process: then the gate stands anyway.
+    pub fn leave(self) {
+        self.with_seat(|_, seat| seat.leave());
+        if self.may_rest() {
+            match self.with_seat(|_, seat| seat.table.rest(seat.id)) {
+                Some(Rest::Rests(count)) => return resting::keep(Member { count, ..self }),
+                Some(Rest::Closed) => return self.forget(),
+                Some(Rest::Last) | None => {}
+            }
+        }
+        let _ = self.connected.session.is_lost(); // seen now, not after the others have been left alone
+        // What this process lets rest there goes too: mappings, descriptors and session are to be let go.
+        for other in resting::beside(&self) {
+            other.leave_at_rest();
+        }
+        self.give_up();
+    }
+
+    fn may_rest(&self) -> bool {
+        self.home.is_some()
+            && self.fast.is_some()
+            && !self.connected.session.was_lost()
+            && self.shared().is_some_and(|s| s.may_rest())
+    }
+
+    /// A seat that rests is given up.
+    pub(super) fn leave_at_rest(self) {
+        match self.with_seat(|_, seat| seat.table.resume(seat.id, self.count)) {
+            Some(true) => self.give_up(),
+            _ => self.forget(),
+        }
+    }
+
+    /// The broker has closed the seat, and its number may be another's: nothing is said.
+    pub(super) fn forget(mut self) {
+        let connected = Arc::clone(&self.connected);
+        let _segments = lock(&connected.segments);
+        self.fast = None;
+        self.shared = None; // the last one unmaps and closes here
+    }
+
+    /// The last seat of this process on its database unmaps the segment and closes what it has of it before it says
+    /// that it leaves.
+    fn give_up(mut self) {
+        let connected = Arc::clone(&self.connected);
+        let mut segments = lock(&connected.segments);
+        if self.shared().is_some_and(|s| s.broker_is_gone()) {
+            self.leave_without_broker();
+        }
+        self.fast = None;
+        let shared = self.shared.take();
+        let late = shared.clone().filter(|_| planted("late-close-of-gate"));
+        drop(shared); // the last one unmaps and closes here
+        segments.retain(|_, shared| shared.strong_count() > 0);
+        if connected.session.is_lost() {
+            connected.forget();
+        } else {
+            let id = connected.session.new_id();
+            let _ = connected.session.ask(&ToBroker::Leave { id, seat: self.joined.seat }, id, &[]);
+        }
+        drop(late);
+    }
+
+    /// Nobody closes what rests elsewhere, and holds the gate, but the last one out.
+    fn leave_without_broker(&self) {
+        let nobody_left = self.with_seat(|_, seat| seat.table.close_all(seat.id)).unwrap_or(false);
+        if nobody_left
+            && !planted("gate-left-to-the-resting")
+            && let Some(shared) = self.shared()
+        {
+            let _ = shared.let_gate_go();
+        }
+    }
+}
