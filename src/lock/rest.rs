@@ -83,7 +83,8 @@ impl Table<'_> {
     /// The seat is cleared.
     pub(super) fn give_out_again(self, seat: SeatId) {
         if let Some(state) = self.seat(seat).map(|s| &s.state) {
-            state.store((state.load(SeqCst) & !STATE).wrapping_add(ONE), SeqCst);
+            let one = if planted("count-stands-still") { 0 } else { ONE };
+            state.store((state.load(SeqCst) & !STATE).wrapping_add(one), SeqCst);
         }
     }
 

@@ -9,7 +9,7 @@ mod explore;
 pub mod world;
 
 pub use actor::*;
-use engine::{post, wait_for_post};
+pub use engine::{choose, post, wait_for_post};
 use explore::{Plan, explore};
 use std::cell::Cell;
 use std::panic::RefUnwindSafe;
