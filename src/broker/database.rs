@@ -178,15 +178,17 @@ impl Database {
         self.table().rests(seat) && self.seats.get(&seat).is_some_and(|s| s.role == Role::ReadWrite)
     }
 
-    /// Closes seats that rest: one, if `all` is not wanted, else all of them if no other seat is left. They are gone then,
-    /// also if one of them has been taken in use again meanwhile.
-    pub fn close_resting(&self, all: bool) -> Vec<SeatId> {
-        let resting: Vec<SeatId> = self.seats.keys().copied().filter(|s| self.rests(*s)).collect();
-        if all && resting.len() < self.seats.len() {
-            return Vec::new();
+    /// If no seat is in use, closes those that rest. One that is taken in use again meanwhile stays.
+    pub fn close_all_resting(&self) -> Vec<SeatId> {
+        match self.seats.keys().all(|s| self.rests(*s)) {
+            true => self.seats.keys().copied().filter(|s| self.table().close_resting(*s)).collect(),
+            false => Vec::new(),
         }
-        let closed = resting.into_iter().filter(|s| self.table().close_resting(*s));
-        closed.take(if all { MAX_SEATS } else { 1 }).collect()
+    }
+
+    /// Closes a seat that rests, if there is one: its number is wanted.
+    pub fn close_one_resting(&self) -> Option<SeatId> {
+        self.seats.keys().copied().find(|s| self.rests(*s) && self.table().close_resting(*s))
     }
 
     /// The session has the segment's descriptors for this role already.

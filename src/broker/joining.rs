@@ -188,8 +188,10 @@ impl Server {
                           POSIX locks";
             return Err((Refusal::UnsafePlace, reason.into()));
         }
-        if db.free_seat().is_none() {
-            self.close_resting(number, false);
+        if db.free_seat().is_none()
+            && let Some(seat) = db.close_one_resting()
+        {
+            self.clear_seat(SeatKey { database: number, seat });
         }
         let Some(db) = self.databases.get_mut(&number) else { return Ok(()) };
         let Some(seat) = db.free_seat() else {
@@ -251,6 +253,15 @@ impl Server {
         self.drop_if_unused(key.database);
     }
 
+    /// A seat at rest is not kept any more, if it is still this session's and rests under this count.
+    pub(super) fn let_go(&mut self, session: u64, key: SeatKey, count: u32) {
+        let Some(db) = self.databases.get(&key.database) else { return };
+        let own = db.seats.get(&key.seat).is_some_and(|s| s.session == session);
+        if own && db.table().let_go(key.seat, count) {
+            self.remove_seat(key);
+        }
+    }
+
     fn clear_seat(&mut self, key: SeatKey) {
         if let Some(s) = self.sessions.values_mut().find(|s| s.seats.contains(&key)) {
             s.seats.remove(&key);
@@ -261,18 +272,11 @@ impl Server {
         }
     }
 
-    fn close_resting(&mut self, number: u32, all: bool) {
-        let closed = self.databases.get(&number).map(|db| db.close_resting(all)).unwrap_or_default();
-        for seat in closed {
-            tracing::debug!(database = number, seat, "closed at rest");
-            self.clear_seat(SeatKey { database: number, seat });
-        }
-    }
-
     /// Nobody is left, or only seats that rest: closed means closed.
     fn drop_if_unused(&mut self, number: u32) {
-        if !planted("the-resting-count") {
-            self.close_resting(number, true);
+        let resting = self.databases.get(&number).filter(|_| !planted("the-resting-count"));
+        for seat in resting.map(|db| db.close_all_resting()).unwrap_or_default() {
+            self.clear_seat(SeatKey { database: number, seat });
         }
         if !self.databases.get(&number).is_some_and(|d| d.seats.is_empty()) {
             return;
@@ -321,6 +325,7 @@ fn try_gate(candidate: &mut Candidate) -> Result<Option<State>, Refused> {
              or end those processes (`fuser` names them)"
                 .into(),
         )),
+        Err((e @ GateError::Unholdable(_), ..)) => Err((Refusal::Exhausted, e.to_string())),
         Err((GateError::Unlockable(e), ..)) => {
             Err((Refusal::UnsafePlace, format!("the filesystem cannot lock it: {e}")))
         }

@@ -45,12 +45,26 @@ impl Member {
         }
     }
 
+    /// A seat that rests and goes on resting is not kept any more. No answer is waited for: it keeps nobody out.
+    pub(super) fn let_go(mut self) {
+        let connected = Arc::clone(&self.connected);
+        let _segments = lock(&connected.segments);
+        self.unmap();
+        let gone = ToBroker::LetGo { seat: self.joined.seat, count: self.count };
+        let _ = connected.session.send(&gone, &[]);
+    }
+
     /// The broker has closed the seat, and its number may be another's: nothing is said.
     pub(super) fn forget(mut self) {
         let connected = Arc::clone(&self.connected);
         let _segments = lock(&connected.segments);
+        self.unmap();
+    }
+
+    /// The last one that uses the segment unmaps it, and closes what it has of it.
+    fn unmap(&mut self) {
         self.fast = None;
-        self.shared = None; // the last one unmaps and closes here
+        self.shared = None;
     }
 
     /// The last seat of this process on its database unmaps the segment and closes what it has of it before it says
@@ -61,10 +75,8 @@ impl Member {
         if self.shared().is_some_and(|s| s.broker_is_gone()) {
             self.leave_without_broker();
         }
-        self.fast = None;
-        let shared = self.shared.take();
-        let late = shared.clone().filter(|_| planted("late-close-of-gate"));
-        drop(shared); // the last one unmaps and closes here
+        let late = self.shared.clone().filter(|_| planted("late-close-of-gate"));
+        self.unmap();
         segments.retain(|_, shared| shared.strong_count() > 0);
         if connected.session.is_lost() {
             connected.forget();

@@ -224,11 +224,17 @@ impl Member {
                     index.invalidate()
                 }
             };
+            let mut tries = 0;
             while !self.with_seat(|_, seat| seat.open_wal_index(alone)).unwrap_or(true) {
                 if Instant::now() >= end {
                     return Err(Lost);
                 }
-                std::thread::sleep(Duration::from_millis(1));
+                // Whoever is opening it needs some instructions, if it is running.
+                tries += 1;
+                match tries {
+                    0..64 => std::thread::yield_now(),
+                    _ => std::thread::sleep(Duration::from_millis(1)),
+                }
             }
             return Ok(());
         }

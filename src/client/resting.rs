@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex};
 
 /// Seats that rest for one database: more connections of one process are seldom closed and opened again at once.
 const PER_DATABASE: usize = 4;
-/// For all databases: each keeps a mapping of 1.1 MiB and two descriptors. Then the oldest is given up.
+/// For all databases: each keeps a mapping of 1.1 MiB and two descriptors. Then the oldest goes.
 const ALTOGETHER: usize = 16;
 
 /// Device and inode.
@@ -71,7 +71,7 @@ impl Home {
 /// The latest is the last.
 static SEATS: PerProcess<Mutex<Vec<Member>>> = PerProcess::new();
 
-/// Keeps a seat that rests. If there are too many, the oldest is given up.
+/// Keeps a seat that rests. If there are too many, the oldest goes.
 pub(super) fn keep(member: Member) {
     let mut seats = lock(SEATS.get());
     seats.push(member);
@@ -84,7 +84,7 @@ pub(super) fn keep(member: Member) {
     let oldest = too_many.map(|at| seats.remove(at));
     drop(seats);
     if let Some(oldest) = oldest {
-        oldest.leave_at_rest();
+        oldest.let_go();
     }
 }
 

@@ -172,15 +172,16 @@ impl Shared {
     }
 
     /// A seat may rest in it: nothing here has to be let go before the gate opens, and there is a broker that opens
-    /// it.
+    /// it. (Not asked by the session, which may be lost while the broker lives.)
     pub fn may_rest(&self) -> bool {
         let kept = self.own_descriptors.lock().unwrap_or_else(PoisonError::into_inner);
-        self.is_open() && kept.is_empty() && !self.broker_is_gone()
+        let hold = self.hold.as_ref().and_then(HostFd::get);
+        self.is_open() && kept.is_empty() && hold.is_some_and(|hold| !hold::broker_is_gone(hold))
     }
 
-    /// The broker has ended, or the host has closed what would tell. (A session may be lost while the broker lives.)
+    /// The broker has ended. False also where the host has closed what would tell.
     pub fn broker_is_gone(&self) -> bool {
-        self.hold.as_ref().is_some_and(|hold| hold.get().is_none_or(hold::broker_is_gone))
+        self.hold.as_ref().and_then(HostFd::get).is_some_and(hold::broker_is_gone)
     }
 
     /// In place of a broker that is gone: nobody but seats that rest is left, and those have been closed; the

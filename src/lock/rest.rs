@@ -61,6 +61,12 @@ impl Table<'_> {
         self.members.iter().filter(|s| *s != seat).any(|s| used(&s))
     }
 
+    /// Closes a seat if it rests under this count.
+    pub fn let_go(self, seat: SeatId, count: u32) -> bool {
+        let state = self.seat(seat).map(|s| &s.state);
+        state.is_some_and(|s| s.compare_exchange(count | RESTING, count | CLOSED, SeqCst, SeqCst).is_ok())
+    }
+
     /// Closes a seat that rests. False: it does not, and stays what it is.
     pub fn close_resting(self, seat: SeatId) -> bool {
         let Some(state) = self.seat(seat).map(|s| &s.state) else { return false };

@@ -29,6 +29,8 @@ pub enum GateError {
     Conflict(Conflict),
     #[error("the file cannot be locked: {0}")]
     Unlockable(Errno),
+    #[error("the gate cannot be held: {0}")]
+    Unholdable(Errno),
 }
 
 /// A gate that stands.
@@ -89,7 +91,7 @@ pub fn close(database: OwnedFd, shm: Option<OwnedFd>) -> Result<Gate, (GateError
         Err(e) => {
             shm.iter().for_each(|fd| drop_lock(fd, SHM_BYTES));
             drop_lock(&database, DATABASE_BYTES);
-            Err((GateError::Unlockable(e), database, shm))
+            Err((GateError::Unholdable(e), database, shm))
         }
     }
 }

@@ -120,6 +120,12 @@ pub enum ToBroker {
         id: u64,
         seat: SeatKey,
     },
+    /// A seat that rests under this count is not kept any more. It has no answer: it keeps nobody out. If it has been
+    /// closed meanwhile it may be another's, and stays.
+    LetGo {
+        seat: SeatKey,
+        count: u32,
+    },
 }
 
 /// A seat as the wire names it: the database's number at this broker and the seat's in it.

@@ -1,12 +1,15 @@
 """A closed connection's seat rests with its process: opening again is cheap, and yet closed means closed."""
 
+import mmap
 import os
 import signal
 import sqlite3
+import struct
 import time
 
-from harness import (PYTHON, Broker, Programs, check_rows, connect, create, fails_without, lib, plain, plain_env,
-                     run_workers, slow, timeout, wait_until)
+from harness import (PYTHON, Broker, Programs, Workers, check_rows, connect, create, fails_without, lib, plain,
+                     plain_env, run_workers, slow, timeout, wait_until)
+from test_gate import JOINED, REFUSED, join_by_hand
 
 # A member in another process: says `ready`, then obeys lines.
 MEMBER = """
@@ -71,11 +74,11 @@ def test_an_opened_again_connection_takes_its_seat_without_a_message():
                 assert len(broker.members(db, os.getpid())) == 1
                 c.close()
             assert log_of_joins(broker) == before
-            # More than rest: the rest of them leaves.
+            # Not all of many.
             many = [connect(db, mode="gated") for _ in range(9)]
             for c in many:
                 c.close()
-            assert len(resting(broker, db, os.getpid())) == 4
+            wait_until(lambda: len(resting(broker, db, os.getpid())) == 4, what="the others to leave")
             other.does("close")
         assert plain(db, "SELECT count(*) FROM rows") == [["100"]]
 
@@ -326,6 +329,32 @@ def test_a_thousand_times_open_and_closed_beside_a_plain_client():
         assert plain(db, "PRAGMA integrity_check") == [["ok"]]
 
 
+SEATS, FIRST_SEAT, SEAT_SIZE, STATE = 1024, 4096, 128, 36  # segment/layout.rs
+RESTING = 1
+
+
+def test_a_seat_at_rest_is_closed_when_its_number_is_wanted():
+    """And the process that it belonged to does not take it back, whatever it is by then."""
+    with Broker() as broker:
+        db = create(broker.path("app.db"))
+        answer, fds, wire = join_by_hand(broker, db, os.O_RDWR)
+        assert answer[0] == JOINED and len(fds) == 3, (answer, fds)
+        control = mmap.mmap(fds[0], FIRST_SEAT + SEATS * SEAT_SIZE)
+
+        def state(seat):
+            return struct.unpack_from("I", control, FIRST_SEAT + (seat - 1) * SEAT_SIZE + STATE)[0]
+
+        fd, dirfd = os.open(db, os.O_RDWR), os.open(broker.dir, os.O_PATH)
+        for _ in range(SEATS - 1):
+            answer, _ = wire.join("app.db", fd, dirfd)
+            assert answer[0] == JOINED, answer
+        assert wire.join("app.db", fd, dirfd)[0][0] == REFUSED
+        struct.pack_into("I", control, FIRST_SEAT + 4 * SEAT_SIZE + STATE, RESTING)
+        assert wire.join("app.db", fd, dirfd)[0][0] == JOINED
+        assert state(5) == 4, "its number has been given out once more"
+        assert wire.join("app.db", fd, dirfd)[0][0] == REFUSED
+
+
 class Plain(Programs):
     """A plain process that opens the database for each insert."""
 
@@ -377,3 +406,21 @@ def test_processes_that_open_write_and_close_in_turn_lose_nothing():
             assert sum(r["committed"] for r in results) > 50, results
             check_rows(db, broker.record)
             assert broker.database(db) is None
+
+
+@timeout(120)
+@slow
+def test_beside_a_plain_client_that_opens_and_closes_nothing_is_lost():
+    """The gate opens and closes all the time, over seats that rest or have just been taken in use again."""
+    for journal in ("wal", "delete"):
+        with Broker() as broker:
+            db = create(broker.path("app.db"), journal)
+            with Workers(2, opening, 5.0, db, broker) as members, \
+                    Workers(1, opening, 5.0, db, record=broker.record, first=10) as others:
+                members.ready()
+                others.ready()
+                members.go()
+                others.go()
+                results = members.wait() + others.wait()
+            assert all(r["committed"] for r in results), results
+            check_rows(db, broker.record)
