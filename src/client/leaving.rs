@@ -1,5 +1,6 @@
 //! A closed connection's seat: it rests, or is given up.
 
+use super::Lost;
 use super::joining::lock;
 use super::member::Member;
 use super::resting;
@@ -18,14 +19,21 @@ impl Member {
         if self.may_rest() {
             match self.with_seat(|_, seat| seat.table.rest(seat.id)) {
                 Some(Rest::Rests(count)) => return resting::keep(Member { count, ..self }),
-                Some(Rest::Closed) => return self.forget(),
+                Some(Rest::Closed) => {
+                    resting::beside(&self).into_iter().for_each(Member::leave_at_rest);
+                    return self.forget();
+                }
                 Some(Rest::Last) | None => {}
             }
         }
-        let _ = self.connected.session.is_lost(); // seen now, not after the others have been left alone
-        // What this process lets rest there goes too: mappings, descriptors and session are to be let go.
+        // What this process lets rest there goes too: mappings, descriptors and session are to be let go. The broker reads
+        // of it before it reads that this one leaves.
+        let lost = self.connected.session.is_lost();
         for other in resting::beside(&self) {
-            other.leave_at_rest();
+            match lost {
+                true => other.leave_at_rest(),
+                false => other.let_go(),
+            }
         }
         self.give_up();
     }
@@ -67,28 +75,36 @@ impl Member {
         self.shared = None;
     }
 
-    /// The last seat of this process on its database unmaps the segment and closes what it has of it before it says
-    /// that it leaves.
+    /// What this process has of the database's descriptors is closed with its last seat, before that says that it leaves.
     fn give_up(mut self) {
         let connected = Arc::clone(&self.connected);
         let mut segments = lock(&connected.segments);
-        if self.shared().is_some_and(|s| s.broker_is_gone()) {
+        self.leave_without_broker();
+        let late = self.shared.clone().filter(|_| planted("late-close-of-gate"));
+        if self.shared().is_some_and(|s| s.keeps_descriptors()) {
+            self.unmap();
+        }
+        if connected.session.is_lost() || self.say_leave().is_err() {
+            connected.forget();
+            // It may have ended with our message unread.
             self.leave_without_broker();
         }
-        let late = self.shared.clone().filter(|_| planted("late-close-of-gate"));
         self.unmap();
         segments.retain(|_, shared| shared.strong_count() > 0);
-        if connected.session.is_lost() {
-            connected.forget();
-        } else {
-            let id = connected.session.new_id();
-            let _ = connected.session.ask(&ToBroker::Leave { id, seat: self.joined.seat }, id, &[]);
-        }
         drop(late);
     }
 
-    /// Nobody closes what rests elsewhere, and holds the gate, but the last one out.
+    fn say_leave(&self) -> Result<(), Lost> {
+        let session = &self.connected.session;
+        let id = session.new_id();
+        session.ask(&ToBroker::Leave { id, seat: self.joined.seat }, id, &[]).map(drop)
+    }
+
+    /// If the broker is gone: nobody closes what rests elsewhere, and holds the gate, but the last one out.
     fn leave_without_broker(&self) {
+        if !self.shared().is_some_and(|s| s.broker_is_gone()) {
+            return;
+        }
         let nobody_left = self.with_seat(|_, seat| seat.table.close_all(seat.id)).unwrap_or(false);
         if nobody_left
             && !planted("gate-left-to-the-resting")

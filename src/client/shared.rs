@@ -171,12 +171,16 @@ impl Shared {
         self.own_descriptors.lock().unwrap_or_else(PoisonError::into_inner).push(fd);
     }
 
+    /// There are descriptors that must be closed before the gate opens.
+    pub fn keeps_descriptors(&self) -> bool {
+        !self.own_descriptors.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
     /// A seat may rest in it: nothing here has to be let go before the gate opens, and there is a broker that opens
     /// it. (Not asked by the session, which may be lost while the broker lives.)
     pub fn may_rest(&self) -> bool {
-        let kept = self.own_descriptors.lock().unwrap_or_else(PoisonError::into_inner);
         let hold = self.hold.as_ref().and_then(HostFd::get);
-        self.is_open() && kept.is_empty() && hold.is_some_and(|hold| !hold::broker_is_gone(hold))
+        self.is_open() && !self.keeps_descriptors() && hold.is_some_and(|hold| !hold::broker_is_gone(hold))
     }
 
     /// The broker has ended. False also where the host has closed what would tell.
