@@ -109,10 +109,11 @@ pub fn join(
     // A read-only connection of a process that may write joins as a writer, so that readers that start first
     // do not force guest mode.
     let own = if read_only(fd) { second_descriptor(path) } else { None };
-    let shm = second_descriptor(&with_suffix(path, "-shm"));
+    let shm_path = with_suffix(path, "-shm");
+    let shm = second_descriptor(&shm_path);
     drop(low);
 
-    let claim = Claim {
+    let mut claim = Claim {
         database: own.as_ref().map_or(fd, |o| o.as_fd()),
         directory,
         shm,
@@ -125,7 +126,16 @@ pub fn join(
             library: which,
         },
     };
-    let result = Member::join(config, &claim);
+    let mut result = Member::join(config, &claim);
+    for _ in 0..SHM_TRIES {
+        let Some(shm) = claim.shm.take_if(|shm| bad_descriptor(&result) && replaced(shm, &shm_path)) else {
+            break;
+        };
+        keep(shm);
+        let _low = LowDescriptors::occupy().map_err(io)?;
+        claim.shm = second_descriptor(&shm_path);
+        result = Member::join(config, &claim);
+    }
     let Claim { shm, directory, join, .. } = claim;
     let gated = matches!(&result, Ok(m) if m.mode() == Mode::Gated);
     // Gated: nobody in this process holds POSIX locks on these files, the gate would not stand. Else keep them.
@@ -158,6 +168,19 @@ pub fn join(
             }
         }
     }
+}
+
+/// Plain clients remove `-shm` at their last close and make another at the next open.
+const SHM_TRIES: usize = 10;
+
+fn bad_descriptor<T>(result: &Result<T, JoinError>) -> bool {
+    matches!(result, Err(JoinError::Refused { why: message::Refusal::BadDescriptor, .. }))
+}
+
+/// The `-shm` file that was opened is not the one that is there.
+fn replaced(shm: &OwnedFd, path: &Path) -> bool {
+    let there = std::fs::symlink_metadata(path).ok().map(|m| (m.dev(), m.ino()));
+    fstat(shm).ok().map(|st| (st.st_dev, st.st_ino)) != there
 }
 
 /// A seat that this process let rest, if it is one for this very file and the gate stands.

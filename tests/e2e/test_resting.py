@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import random
 import signal
 import sqlite3
 import struct
@@ -382,10 +383,12 @@ for line in sys.stdin:
 
 
 def opening(w):
-    """Opens, writes a row, closes."""
+    """Opens, writes a row, closes. Option: pause, at most so many seconds of each."""
     w.ready()
     seq = 0
     while w.running():
+        time.sleep(random.random() * w.options.get("pause", 0))
+
         def write():
             c = w.connect(timeout=5)
             try:
@@ -415,8 +418,9 @@ def test_beside_a_plain_client_that_opens_and_closes_nothing_is_lost():
     for journal in ("wal", "delete"):
         with Broker() as broker:
             db = create(broker.path("app.db"), journal)
-            with Workers(2, opening, 5.0, db, broker) as members, \
-                    Workers(1, opening, 5.0, db, record=broker.record, first=10) as others:
+            pause = {"options": {"pause": 0.004}}  # so that now and then nobody is in
+            with Workers(2, opening, 5.0, db, broker, **pause) as members, \
+                    Workers(1, opening, 5.0, db, record=broker.record, first=10, **pause) as others:
                 members.ready()
                 others.ready()
                 members.go()
