@@ -173,6 +173,24 @@ impl Database {
         (seat as usize <= MAX_SEATS).then_some(seat)
     }
 
+    /// The seat's connection is closed, its process keeps it for the next one.
+    pub fn rests(&self, seat: SeatId) -> bool {
+        self.table().rests(seat) && self.seats.get(&seat).is_some_and(|s| s.role == Role::ReadWrite)
+    }
+
+    /// If no seat is in use, closes those that rest. One that is taken in use again meanwhile stays.
+    pub fn close_all_resting(&self) -> Vec<SeatId> {
+        match self.seats.keys().all(|s| self.rests(*s)) {
+            true => self.seats.keys().copied().filter(|s| self.table().close_resting(*s)).collect(),
+            false => Vec::new(),
+        }
+    }
+
+    /// Closes a seat that rests, if there is one: its number is wanted.
+    pub fn close_one_resting(&self) -> Option<SeatId> {
+        self.seats.keys().copied().find(|s| self.rests(*s) && self.table().close_resting(*s))
+    }
+
     /// The session has the segment's descriptors for this role already.
     pub fn has_session(&self, session: u64, role: Role) -> bool {
         self.seats.values().any(|s| s.session == session && s.role == role)

@@ -70,11 +70,15 @@ impl Mount {
     }
 }
 
-/// The mount that `fd` came through. `peer_pid`: where to look when it is of another mount namespace.
-pub fn mount_of(fd: impl AsFd, peer_pid: i32) -> Option<Mount> {
+/// The mount that `fd` came through. `peer_pid`: where to look when it is of another mount namespace. `known`: of the
+/// other descriptors of the same join, mostly the same; the kernel writes out the whole table at each look.
+pub fn mount_of(fd: impl AsFd, peer_pid: i32, known: &[Mount]) -> Option<Mount> {
     let fd = fd.as_fd();
     let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).ok()?;
     let id: u64 = info.lines().find_map(|l| l.strip_prefix("mnt_id:"))?.trim().parse().ok()?;
+    if let Some(mount) = known.iter().find(|m| m.id == id) {
+        return Some(mount.clone());
+    }
     let own = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let by_id = |table: &str| kind_in(table, |fields| fields.first() == Some(&id.to_string().as_str()));
     let peers = || fs::read_to_string(format!("/proc/{peer_pid}/mountinfo")).ok();
@@ -138,6 +142,6 @@ mod tests {
     #[test]
     fn a_file_of_this_process_has_a_mount() {
         let file = tempfile::tempfile().unwrap();
-        assert!(mount_of(&file, std::process::id() as i32).is_some());
+        assert!(mount_of(&file, std::process::id() as i32, &[]).is_some());
     }
 }

@@ -44,8 +44,8 @@ pub fn judge(join: &Join, fds: Vec<OwnedFd>, peer_pid: i32, lenient: bool) -> Re
     // The filesystem first: a file on a hostile one must not be touched.
     let mut mounts = Vec::new();
     for fd in [Some(&database), Some(&directory), shm.as_ref()].into_iter().flatten() {
-        match mount_of(fd, peer_pid) {
-            Some(mount) if mount.is_local() || lenient => mounts.push(mount.id),
+        match mount_of(fd, peer_pid, &mounts) {
+            Some(mount) if mount.is_local() || lenient => mounts.push(mount),
             Some(mount) => return refuse(UnsafePlace, mount.reason()),
             None => return refuse(UnsafePlace, "the broker cannot tell which filesystem it is on"),
         }
@@ -56,7 +56,7 @@ pub fn judge(join: &Join, fds: Vec<OwnedFd>, peer_pid: i32, lenient: bool) -> Re
     if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT != SFlag::S_IFREG {
         return refuse(BadDescriptor, "it is not a regular file");
     }
-    let home = home_of(join, &stat, &directory, mounts[0], mounts[1])?;
+    let home = home_of(join, &stat, &directory, mounts[0].id, mounts[1].id)?;
     let shm_name = [&home.name[..], b"-shm"].concat();
     let there = fstatat(&directory, OsStr::from_bytes(&shm_name), AtFlags::AT_SYMLINK_NOFOLLOW).ok();
     let shm = match (shm, &there) {

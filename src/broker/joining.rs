@@ -136,7 +136,7 @@ impl Server {
                         self.refuse(session, id, why, reason);
                     }
                 }
-                self.drop_if_empty(number);
+                self.drop_if_unused(number);
             }
         }
     }
@@ -188,6 +188,12 @@ impl Server {
                           POSIX locks";
             return Err((Refusal::UnsafePlace, reason.into()));
         }
+        if db.free_seat().is_none()
+            && let Some(seat) = db.close_one_resting()
+        {
+            self.clear_seat(SeatKey { database: number, seat });
+        }
+        let Some(db) = self.databases.get_mut(&number) else { return Ok(()) };
         let Some(seat) = db.free_seat() else {
             let reason = format!("all {} seats are taken", crate::segment::layout::MAX_SEATS);
             return Err((Refusal::Exhausted, reason));
@@ -200,7 +206,7 @@ impl Server {
         let (mode, nonce) = match &db.state {
             State::Gated { gate, segment } => {
                 if !has_segment && role == Role::ReadWrite {
-                    fds.extend([&segment.control_fd, &segment.wal_index_fd, gate.descriptor()]);
+                    fds.extend([&segment.control_fd, &segment.wal_index_fd, gate.hold().descriptor()]);
                 } else if !has_segment && planted("read-only-gets-writable") {
                     fds.extend([&segment.control_fd, &segment.wal_index_fd]);
                 } else if !has_segment {
@@ -213,11 +219,13 @@ impl Server {
             State::Guest { .. } => (Mode::Guest, 0),
         };
         let joined = Joined { seat: key, mode, role, nonce, segment: !fds.is_empty() };
-        session
-            .send(&FromBroker::Joined { id: p.id, joined }, &fds)
-            .map_err(|e| (Refusal::Exhausted, format!("cannot pass the segment: {e}")))?;
-        session.seats.insert(key);
+        // Before the client knows: another one that closes looks for seats in use.
         db.table().members.set(seat);
+        if let Err(e) = session.send(&FromBroker::Joined { id: p.id, joined }, &fds) {
+            db.table().members.clear(seat);
+            return Err((Refusal::Exhausted, format!("cannot pass the segment: {e}")));
+        }
+        session.seats.insert(key);
         let unsent = session.has_unsent();
         db.seats.insert(
             seat,
@@ -241,6 +249,20 @@ impl Server {
 
     /// The seat is given up or its process is dead.
     pub(super) fn remove_seat(&mut self, key: SeatKey) {
+        self.clear_seat(key);
+        self.drop_if_unused(key.database);
+    }
+
+    /// A seat at rest is not kept any more, if it is still this session's and rests under this count.
+    pub(super) fn let_go(&mut self, session: u64, key: SeatKey, count: u32) {
+        let Some(db) = self.databases.get(&key.database) else { return };
+        let own = db.seats.get(&key.seat).is_some_and(|s| s.session == session);
+        if own && db.table().let_go(key.seat, count) {
+            self.remove_seat(key);
+        }
+    }
+
+    fn clear_seat(&mut self, key: SeatKey) {
         if let Some(s) = self.sessions.values_mut().find(|s| s.seats.contains(&key)) {
             s.seats.remove(&key);
         }
@@ -248,16 +270,22 @@ impl Server {
             db.lane().remove(key.seat);
             db.seats.remove(&key.seat);
         }
-        self.drop_if_empty(key.database);
     }
 
-    fn drop_if_empty(&mut self, number: u32) {
+    /// Nobody is left, or only seats that rest: closed means closed.
+    fn drop_if_unused(&mut self, number: u32) {
+        let resting = self.databases.get(&number).filter(|_| !planted("the-resting-count"));
+        for seat in resting.map(|db| db.close_all_resting()).unwrap_or_default() {
+            self.clear_seat(SeatKey { database: number, seat });
+        }
         if !self.databases.get(&number).is_some_and(|d| d.seats.is_empty()) {
             return;
         }
         if let Some(db) = self.databases.remove(&number) {
             tracing::info!(database = number, "closed: its last member left");
-            if let State::Gated { gate, .. } = db.state {
+            if let State::Gated { gate, segment } = db.state {
+                // Processes whose seats rested have it mapped.
+                segment.control.poison();
                 gate.open();
             }
         }
@@ -297,6 +325,7 @@ fn try_gate(candidate: &mut Candidate) -> Result<Option<State>, Refused> {
              or end those processes (`fuser` names them)"
                 .into(),
         )),
+        Err((e @ GateError::Unholdable(_), ..)) => Err((Refusal::Exhausted, e.to_string())),
         Err((GateError::Unlockable(e), ..)) => {
             Err((Refusal::UnsafePlace, format!("the filesystem cannot lock it: {e}")))
         }

@@ -33,6 +33,8 @@ struct DatabaseReport {
     mode: &'static str,
     reason: Option<String>,
     members: Vec<MemberReport>,
+    /// Seats without a connection, which their processes keep for the next one. They keep nobody out.
+    resting: Vec<MemberReport>,
     turn: Option<TurnReport>,
     line: Vec<WaitReport>,
     turns_revoked: u64,
@@ -123,13 +125,19 @@ impl Server {
             .collect();
         waiting.sort_unstable_by_key(|(since, seat, _)| (*since, *seat));
         let counters = &db.table().words.counters.0;
+        let (resting, used): (Vec<_>, Vec<_>) = db.seats.iter().partition(|(n, _)| db.rests(**n));
+        let reports = |seats: Vec<(&u32, &super::database::Seat)>| {
+            seats.into_iter().map(|(n, s)| self.member(*n, s)).collect()
+        };
+        let (members, resting) = (reports(used), reports(resting));
         DatabaseReport {
             name: db.home.as_ref().map(|h| h.display()),
             device: db.identity.device,
             inode: db.identity.inode,
             mode,
             reason,
-            members: db.seats.iter().map(|(n, s)| self.member(*n, s)).collect(),
+            members,
+            resting,
             turn: holder.map(|seat| {
                 let (pid, program) = who(seat);
                 TurnReport { seat, pid, program, held_ms: db.turn_held_ms(seat) }

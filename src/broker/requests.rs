@@ -146,6 +146,10 @@ impl Server {
                 self.send(id, &FromBroker::Left { id: request });
                 Ok(())
             }
+            ToBroker::LetGo { seat, count } => {
+                self.let_go(id, seat, count);
+                Ok(())
+            }
             ToBroker::Status { id: request } => {
                 self.report(id, request);
                 Ok(())

@@ -132,6 +132,15 @@ fn render(report: &Value) -> String {
                 let _ = write!(out, "  container {container}");
             }
         }
+        for m in db["resting"].as_array().into_iter().flatten() {
+            let _ = write!(
+                out,
+                "\n  {:>5} {:>8} {:<18} closed, kept for its next connection",
+                m["seat"].to_string(),
+                m["pid"].to_string(),
+                text(&m["program"])
+            );
+        }
     }
     out
 }

@@ -1,4 +1,4 @@
-//! Joining and leaving: a process's sessions, the segments it has from them, and who lets the gate go.
+//! Joining: a process's sessions, and the segments it has from them.
 
 use super::JoinError;
 use super::autostart;
@@ -7,23 +7,29 @@ use super::fork::{self, PerProcess};
 use super::member::Member;
 use super::session::Session;
 use super::shared::Shared;
-use crate::planted::planted;
 use crate::wire::message::{FromBroker, Join, Mode, Refusal, Role, ToBroker};
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-/// By the broker's number of the database and whether it may be written.
-type Segments = BTreeMap<(u32, bool), (Arc<Shared>, usize)>;
+/// By the broker's number of the database and whether it may be written. A segment lives as long as a seat uses it.
+type Segments = BTreeMap<(u32, bool), Weak<Shared>>;
 
 /// A session and the segments that this process has from it.
 #[derive(Debug)]
 pub(super) struct Connected {
     pub(super) session: Session,
-    /// With the number of seats that use each. Locked over joins and leaves, so that a leaving last seat has
-    /// given up the gate before the next joins.
-    segments: Mutex<Segments>,
+    /// Locked over joins and leaves, so that a leaving last seat has given up the gate before the next joins.
+    pub(super) segments: Mutex<Segments>,
+}
+
+impl Connected {
+    /// Not to be found again: with its last seat it is dropped, its liveness byte comes free, and the broker, if it
+    /// lives, lets its seats go.
+    pub(super) fn forget(self: &Arc<Connected>) {
+        lock(SESSIONS.get()).retain(|_, c| !Arc::ptr_eq(c, self));
+    }
 }
 
 /// The process's sessions, by the socket that was asked for.
@@ -34,7 +40,7 @@ fn connected(config: &Config) -> Result<Arc<Connected>, JoinError> {
     let mut sessions = lock(SESSIONS.get());
     match sessions.get(&config.socket) {
         Some(known) if !known.session.is_lost() => return Ok(Arc::clone(known)),
-        // Not kept for ever: with its last seat it is dropped, and the broker lets its seats go.
+        // Not kept for ever: see `Connected::forget`.
         _ => drop(sessions.remove(&config.socket)),
     }
     let session = autostart::session(config)?;
@@ -102,7 +108,7 @@ impl Member {
             (Mode::Gated, true) => match Shared::open(received, joined.nonce, joined.role) {
                 Ok(shared) => {
                     let shared = Arc::new(shared);
-                    segments.insert(key, (Arc::clone(&shared), 1));
+                    segments.insert(key, Arc::downgrade(&shared));
                     Some(shared)
                 }
                 Err(e) => {
@@ -112,53 +118,13 @@ impl Member {
                     return Err(e.into());
                 }
             },
-            (Mode::Gated, false) => {
-                let (shared, seats) = segments.get_mut(&key).ok_or(JoinError::Lost)?;
-                *seats += 1;
-                Some(Arc::clone(shared))
-            }
+            (Mode::Gated, false) => Some(segments.get(&key).and_then(Weak::upgrade).ok_or(JoinError::Lost)?),
         };
         drop(segments);
         Ok(Member::new(connected, joined, shared))
     }
-
-    /// Gives the seat up. The last seat of this process on its database unmaps the segment and closes the gate
-    /// *before* it says so: once the broker has opened the gate, a plain connection of this very process may
-    /// lock the file, and closing any descriptor of it would drop that lock.
-    ///
-    /// The caller has closed the connection's own descriptor.
-    pub fn leave(mut self) {
-        if let Some(fast) = self.fast.take() {
-            fast.with(&self.connected.session, self.connection.get(), |seat| seat.leave());
-        }
-        let connected = Arc::clone(&self.connected);
-        let mut segments = lock(&connected.segments);
-        let key = (self.joined.seat.database, self.joined.role == Role::ReadWrite);
-        let mut late = None;
-        if let Some(shared) = self.shared.take()
-            && let Some((_, seats)) = segments.get_mut(&key)
-        {
-            *seats -= 1;
-            if *seats == 0 {
-                segments.remove(&key);
-                if planted("late-close-of-gate") {
-                    late = Some(Arc::clone(&shared));
-                }
-            }
-            drop(shared); // the last one unmaps and closes here
-        }
-        if connected.session.is_lost() {
-            // Not to be found again: with its last seat it is dropped, its liveness byte comes free, and the
-            // broker, if it lives, lets its seats go.
-            lock(SESSIONS.get()).retain(|_, c| !Arc::ptr_eq(c, &connected));
-        } else {
-            let id = connected.session.new_id();
-            let _ = connected.session.ask(&ToBroker::Leave { id, seat: self.joined.seat }, id, &[]);
-        }
-        drop(late);
-    }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

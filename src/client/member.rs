@@ -4,6 +4,7 @@ use super::Lost;
 use super::host::HostFd;
 use super::joining::Connected;
 use super::lane::{FastLane, thread_id};
+use super::resting::Home;
 use super::session::Session;
 use super::shared::Shared;
 use crate::lock::rules::Attempt;
@@ -27,6 +28,9 @@ pub struct Member {
     pub(super) fast: Option<FastLane>,
     /// The connection of its last request.
     pub(super) connection: Cell<ConnectionKey>,
+    /// Where it was taken, if it may rest there; the count that it rests under.
+    pub(super) home: Option<Home>,
+    pub(super) count: u32,
 }
 
 /// How a lock request ended.
@@ -50,7 +54,7 @@ impl Member {
     pub(super) fn new(connected: Arc<Connected>, joined: Joined, shared: Option<Arc<Shared>>) -> Member {
         let fast = shared.as_ref().filter(|_| !planted("no-fast-lane"));
         let fast = fast.and_then(|shared| FastLane::new(shared, joined.seat));
-        Member { connected, joined, shared, fast, connection: Cell::new(0) }
+        Member { connected, joined, shared, fast, connection: Cell::new(0), home: None, count: 0 }
     }
 
     /// Which way its lock requests travel: "fast" or "socket".
@@ -58,7 +62,7 @@ impl Member {
         if self.fast.is_some() { "fast" } else { "socket" }
     }
 
-    fn with_seat<T>(&self, body: impl FnOnce(&FastLane, &Seat) -> T) -> Option<T> {
+    pub(super) fn with_seat<T>(&self, body: impl FnOnce(&FastLane, &Seat) -> T) -> Option<T> {
         let fast = self.fast.as_ref()?;
         fast.with(self.session(), self.connection.get(), |seat| body(fast, seat))
     }
@@ -237,11 +241,17 @@ impl Member {
                     index.invalidate()
                 }
             };
+            let mut tries = 0;
             while !self.with_seat(|_, seat| seat.open_wal_index(alone)).unwrap_or(true) {
                 if Instant::now() >= end {
                     return Err(Lost);
                 }
-                std::thread::sleep(Duration::from_millis(1));
+                // Whoever is opening it needs some instructions, if it is running.
+                tries += 1;
+                match tries {
+                    0..64 => std::thread::yield_now(),
+                    _ => std::thread::sleep(Duration::from_millis(1)),
+                }
             }
             return Ok(());
         }

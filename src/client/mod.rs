@@ -6,6 +6,7 @@
 //!
 //! * [`config`]: environment and URI parameters. [`place`]: which broker socket.
 //! * [`session`]: one connection to the broker, shared by all threads. [`autostart`] and [`spawn`]: starting one.
+//! * [`joining`]: taking a seat. [`leaving`] and [`resting`]: what becomes of it when its connection is closed.
 //! * [`member`]: a seat and what it can ask for. [`shared`]: a database's segment as this process maps it.
 //! * [`activity`]: this process's own connections. [`fork`]: what a forked child must not touch. [`host`]: descriptors that are not ours alone.
 
@@ -16,8 +17,10 @@ pub mod fork;
 pub mod host;
 pub mod joining;
 pub mod lane;
+mod leaving;
 pub mod member;
 pub mod place;
+pub mod resting;
 pub mod session;
 pub mod shared;
 pub mod spawn;

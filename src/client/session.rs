@@ -14,7 +14,7 @@ use crate::wire::socket::{self, Packet};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::PollFlags;
 use std::collections::{HashMap, VecDeque};
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -69,11 +69,15 @@ impl Session {
         let io_error = |e: io::Error| ConnectError::Io(path.to_owned(), e);
         let _low = LowDescriptors::occupy().map_err(io_error)?;
         let socket = connect(path)?;
-        greet(path, &socket)?;
         let liveness = liveness_memfd().map_err(io_error)?;
         let introduce = socket::encode(&ToBroker::Introduce(introduction())).map_err(io_error)?;
-        socket::send_within(&socket, &introduce, &[liveness.as_raw_fd()], PROMPT)
-            .map_err(|e| unsent(path, e))?;
+        let hello = Hello { magic: PROTOCOL_MAGIC, version: PROTOCOL_VERSION };
+        let hello = socket::encode(&hello).map_err(io_error)?;
+        // Both at once: each answer waited for is a tenth of a millisecond of a short process's life.
+        socket::send_within(&socket, &hello, &[], PROMPT).map_err(|e| unsent(path, e))?;
+        let sent = socket::send_within(&socket, &introduce, &[liveness.as_raw_fd()], PROMPT);
+        greeted(path, &socket)?;
+        sent.map_err(|e| unsent(path, e))?;
         let welcome = await_packet(path, &socket)?;
         let FromBroker::Welcome { broker_pid, .. } = welcome.decode().map_err(io_error)? else {
             return Err(ConnectError::Stranger(path.to_owned(), "it did not say welcome".into()));
@@ -112,6 +116,11 @@ impl Session {
             self.lose();
         }
         hung_up
+    }
+
+    /// It is known to be gone.
+    pub fn was_lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire)
     }
 
     /// Ends the session for both sides: the broker must not grant what nobody will hear of.
@@ -266,7 +275,12 @@ fn await_packet(path: &Path, socket: &OwnedFd) -> Result<Packet, ConnectError> {
         if !ready.map_err(|e| ConnectError::Io(path.to_owned(), e))? {
             continue;
         }
-        return match socket::receive(socket) {
+        // A peer that closes with something of ours unread is told as an error, once, and before what it said.
+        let received = match socket::receive(socket) {
+            Err(e) if e.kind() == io::ErrorKind::ConnectionReset => socket::receive(socket),
+            other => other,
+        };
+        return match received {
             Ok(packet) => Ok(packet),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => continue,
             // A broker that exits while we knock: as if it had not been there.
@@ -288,11 +302,9 @@ fn unsent(path: &Path, e: io::Error) -> ConnectError {
     }
 }
 
-fn greet(path: &Path, socket: &OwnedFd) -> Result<(), ConnectError> {
+/// The answer to our hello.
+fn greeted(path: &Path, socket: &OwnedFd) -> Result<(), ConnectError> {
     let stranger = |what: String| ConnectError::Stranger(path.to_owned(), what);
-    let hello = Hello { magic: PROTOCOL_MAGIC, version: PROTOCOL_VERSION };
-    let bytes = socket::encode(&hello).map_err(|e| ConnectError::Io(path.to_owned(), e))?;
-    socket::send_within(socket, &bytes, &[], PROMPT).map_err(|e| unsent(path, e))?;
     let answer: HelloAnswer = await_packet(path, socket)?
         .decode()
         .map_err(|_| stranger("what listens there is not a turnstile broker".into()))?;
@@ -321,13 +333,21 @@ fn liveness_memfd() -> io::Result<OwnedFd> {
 }
 
 fn introduction() -> Introduction {
-    let program = std::fs::read_to_string("/proc/self/comm").unwrap_or_default().trim().to_owned();
+    let program = small_file("/proc/self/comm").unwrap_or_default().trim().to_owned();
     Introduction { program, pid: std::process::id() as i32, container: container_id() }
 }
 
 /// The container's id: 64 hexadecimal digits in a cgroup path.
 fn container_id() -> Option<String> {
-    let cgroup = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+    let cgroup = small_file("/proc/self/cgroup")?;
     let mut words = cgroup.split(|c: char| !c.is_ascii_hexdigit());
     words.find(|w| w.len() == 64).map(|w| w[..12].to_owned())
+}
+
+/// A file of /proc in one read: nobody knows its size before, and growing a buffer takes four or five.
+fn small_file(path: &str) -> Option<String> {
+    let mut buffer = vec![0; 8192];
+    let length = std::fs::File::open(path).and_then(|mut f| f.read(&mut buffer)).ok()?;
+    buffer.truncate(length);
+    String::from_utf8(buffer).ok()
 }

@@ -1,7 +1,7 @@
 //! A database's segment as this process maps it: one for all its connections to that database.
 
 use super::fork;
-use super::host::HostFd;
+use super::host::{HostFd, LowDescriptors};
 use crate::lock::commits::Commits;
 use crate::lock::learned::Learned;
 use crate::lock::park::Rounds;
@@ -10,6 +10,7 @@ use crate::planted::planted;
 use crate::segment::atomic::AtomicU32;
 use crate::segment::futex;
 use crate::segment::gate;
+use crate::segment::hold;
 use crate::segment::layout::{MAX_REGIONS, REGION_SIZE, WAL_INDEX_SIZE};
 use crate::segment::mapping::ControlMap;
 use crate::segment::memfd;
@@ -48,7 +49,7 @@ pub struct Shared {
     control: ControlMap,
     wal_index_fd: HostFd,
     /// Kept so that the kernel keeps the gate as long as this process has the segment mapped.
-    gate: Option<HostFd>,
+    hold: Option<HostFd>,
     role: Role,
     chunks: Mutex<BTreeMap<u32, MmapRaw>>,
     /// Read-write descriptors opened for read-only connections; closing one drops the process's POSIX locks on
@@ -66,8 +67,8 @@ impl Shared {
         let (Some(control), Some(wal_index)) = (fds.next(), fds.next()) else {
             return Err(io::Error::other("the segment's descriptors did not arrive: too many open files"));
         };
-        let gate = fds.next();
-        if gate.is_some() != (role == Role::ReadWrite) {
+        let hold = fds.next();
+        if hold.is_some() != (role == Role::ReadWrite) {
             return Err(io::Error::other(
                 "not all of the segment's descriptors arrived: too many open files",
             ));
@@ -78,13 +79,17 @@ impl Shared {
         let control = ControlMap::open(&control, nonce, role == Role::ReadWrite)?;
         let (address, length) = control.extent();
         fork::remember_mapping(address, length);
+        let mut own = Vec::new();
+        if let Some(gate) = hold.as_ref().filter(|_| planted("late-close-of-gate")).and_then(hold::copy) {
+            own.push(HostFd::new(gate)?);
+        }
         Ok(Shared {
             control,
             wal_index_fd: HostFd::new(wal_index)?,
-            gate: gate.map(HostFd::new).transpose()?,
+            hold: hold.map(HostFd::new).transpose()?,
             role,
             chunks: Mutex::default(),
-            own_descriptors: Mutex::default(),
+            own_descriptors: Mutex::new(own),
             epoch: fork::epoch(),
             begun: AtomicU64::new(1),
         })
@@ -154,7 +159,7 @@ impl Shared {
     pub fn still_ours(&self, checked: &mut u64) -> bool {
         let begun = self.begun.load(Relaxed);
         if *checked != begun {
-            let ours = self.gate.as_ref().is_none_or(|gate| gate.get().is_some());
+            let ours = self.hold.as_ref().is_none_or(|hold| hold.get().is_some());
             if !ours {
                 return false;
             }
@@ -193,6 +198,38 @@ impl Shared {
     pub fn keep(&self, fd: HostFd) {
         self.own_descriptors.lock().unwrap_or_else(PoisonError::into_inner).push(fd);
     }
+
+    /// There are descriptors that must be closed before the gate opens.
+    pub fn keeps_descriptors(&self) -> bool {
+        !self.own_descriptors.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
+    /// A seat may rest in it: nothing here has to be let go before the gate opens, and there is a broker that opens
+    /// it. (Not asked by the session, which may be lost while the broker lives.)
+    pub fn may_rest(&self) -> bool {
+        let hold = self.hold.as_ref().and_then(HostFd::get);
+        self.is_open() && !self.keeps_descriptors() && hold.is_some_and(|hold| !hold::broker_is_gone(hold))
+    }
+
+    /// The broker has ended. False also where the host has closed what would tell.
+    pub fn broker_is_gone(&self) -> bool {
+        self.hold.as_ref().and_then(HostFd::get).is_some_and(hold::broker_is_gone)
+    }
+
+    /// In place of a broker that is gone: nobody but seats that rest is left, and those have been closed; the
+    /// processes that they belong to still hold the gate. It opens, as it would have at the last close.
+    pub fn let_gate_go(&self) -> io::Result<()> {
+        self.control.poison();
+        let _low = LowDescriptors::occupy()?;
+        if let Some(gate) = self.hold.as_ref().and_then(HostFd::get).and_then(hold::take_out) {
+            // As in `drop`. It stands until this very descriptor is closed, so nobody has locked the file before.
+            match gate::is_held_by(&gate) {
+                true => drop(gate),
+                false => std::mem::forget(gate),
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Drop for Shared {
@@ -207,14 +244,11 @@ impl Drop for Shared {
             }
             drop(map);
         }
-        // Closing any descriptor of the database drops this process's POSIX locks on it. While the gate stands
-        // nobody has any; if somebody has opened it under us (a broker that stopped), a plain or guest connection
-        // of this process may, and the descriptors stay open. Our own ones go first: they hold no gate.
-        let gate = self.gate.as_ref().and_then(HostFd::get);
-        let stands = gate.is_some_and(gate::is_held_by) || planted("late-close-of-gate");
-        let own = std::mem::take(self.own_descriptors.get_mut().unwrap_or_else(PoisonError::into_inner));
-        for fd in own.into_iter().chain(self.gate.take()) {
-            match stands {
+        // Closing any descriptor of the database drops this process's POSIX locks on it. While a gate stands nobody has
+        // any; if somebody has opened it under us (a broker that stopped), a plain or guest connection of this
+        // process may, and the descriptors stay open.
+        for fd in std::mem::take(self.own_descriptors.get_mut().unwrap_or_else(PoisonError::into_inner)) {
+            match fd.get().is_some_and(gate::stands) || planted("late-close-of-gate") {
                 true => drop(fd),
                 false => std::mem::forget(fd),
             }

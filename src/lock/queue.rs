@@ -172,6 +172,7 @@ impl<'a> Lane<'a> {
         self.queue.waiting.retain(|w| *w != id);
         self.queue.seats.remove(&id);
         let table = self.table;
+        table.close(id);
         let probation = &table.words.file.0.probation;
         // Before the locks go: nobody may come in between.
         if table.file_write_held(id) && !table.wal_open(id) {
@@ -196,6 +197,7 @@ impl<'a> Lane<'a> {
             words.connection.store(0, SeqCst);
         }
         table.members.clear(id);
+        table.give_out_again(id);
         // It may have died among the sleepers that it was waking, or between marking a seat as woken and waking it.
         if planted("dead-waker-forgotten") {
             return wake_sleepers(table, self.parking);

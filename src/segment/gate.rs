@@ -3,6 +3,7 @@
 //! An open-file-description (OFD) write lock over SQLite's lock bytes of the database, and over the lock bytes
 //! of `-shm` where one exists. The kernel keeps it until the last holder of the description is gone.
 
+use super::hold::Hold;
 use crate::planted::planted;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -28,6 +29,8 @@ pub enum GateError {
     Conflict(Conflict),
     #[error("the file cannot be locked: {0}")]
     Unlockable(Errno),
+    #[error("the gate cannot be held: {0}")]
+    Unholdable(Errno),
 }
 
 /// A gate that stands.
@@ -35,6 +38,7 @@ pub enum GateError {
 pub struct Gate {
     database: OwnedFd,
     shm: Option<OwnedFd>,
+    hold: Hold,
 }
 
 fn flock(kind: i32, (start, len): (i64, i64)) -> libc::flock {
@@ -82,21 +86,29 @@ pub fn close(database: OwnedFd, shm: Option<OwnedFd>) -> Result<Gate, (GateError
         drop_lock(&database, DATABASE_BYTES);
         return Err((e, database, shm));
     }
-    Ok(Gate { database, shm })
+    match Hold::new(&database) {
+        Ok(hold) => Ok(Gate { database, shm, hold }),
+        Err(e) => {
+            shm.iter().for_each(|fd| drop_lock(fd, SHM_BYTES));
+            drop_lock(&database, DATABASE_BYTES);
+            Err((GateError::Unholdable(e), database, shm))
+        }
+    }
 }
 
 impl Gate {
-    /// The description that carries the lock, to be passed on to members.
-    pub fn descriptor(&self) -> &OwnedFd {
-        &self.database
+    /// What holds the gate, to be passed on to members.
+    pub fn hold(&self) -> &Hold {
+        &self.hold
     }
 
-    /// Unlocks explicitly: a forked child somewhere may still hold the description.
+    /// Unlocks explicitly: a forked child, or a process whose seats rest, may still hold the description.
     pub fn open(self) {
         if let Some(shm) = &self.shm {
             drop_lock(shm, SHM_BYTES);
         }
         drop_lock(&self.database, DATABASE_BYTES);
+        drop(super::hold::take_out(self.hold.descriptor()));
     }
 
     pub fn stands(&self) -> bool {

@@ -223,7 +223,10 @@ pub struct SeatWords {
     /// What the seat's turn is for: 0, a statement; [`FOR_TRANSACTION`] or [`FOR_GUESS`], the whole transaction, so
     /// that a write lock may follow much later.
     pub turn_for: AtomicU32,
-    pub reserved: [u32; 7],
+    /// In use, [`RESTING`] or [`CLOSED`] (`lock::rest`), above that how often the seat's number has been given out
+    /// again. The seat lets it rest and takes it back; the broker closes what rests, and counts. A crash leaves it.
+    pub state: AtomicU32,
+    pub reserved: [u32; 6],
     /// Place in the line, 0 when not in it. The broker may replace it by a later one when the seat, being first,
     /// does not come for its turn.
     pub ticket: AtomicU64,
@@ -245,6 +248,13 @@ pub struct SeatWords {
 pub const FOR_TRANSACTION: u32 = 1;
 /// [`SeatWords::turn_for`]: a transaction like others that wrote.
 pub const FOR_GUESS: u32 = 2;
+
+/// [`SeatWords::state`]: its connection is closed, its process keeps it for the next one.
+pub const RESTING: u32 = 1;
+/// [`SeatWords::state`]: given up, and not yet given out again.
+pub const CLOSED: u32 = 2;
+/// [`SeatWords::state`]: the bits that say which; the count is above them.
+pub const STATE: u32 = 3;
 
 /// [`SeatWords::file`]: SHARED is held.
 pub const FILE_SHARED: u32 = 1;
@@ -309,6 +319,7 @@ const _: () = {
     assert!(offset_of!(SeatWords, turn_since) == 16);
     assert!(offset_of!(SeatWords, connection) == 24);
     assert!(offset_of!(SeatWords, turn_for) == 32);
+    assert!(offset_of!(SeatWords, state) == 36);
     // What others write is on a line of its own.
     assert!(offset_of!(SeatWords, ticket) == 64);
     assert!(offset_of!(SeatWords, park) == 72);

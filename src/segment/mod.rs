@@ -3,13 +3,15 @@
 //! * **control**: [`layout::Control`], the words of its locks and its turn, specified byte for byte.
 //! * **wal-index**: byte for byte what a `-shm` file would hold, from offset 0 (SQLite's wal.c owns its format).
 //!
-//! The [`gate`] is what makes it safe to use them. [`memfd`] makes and checks them, [`mapping`] maps them. Nothing here knows who uses it.
+//! The [`gate`] is what makes it safe to use them; members keep it standing by its [`hold`]. [`memfd`] makes and checks
+//! them, [`mapping`] maps them. Nothing here knows who uses it.
 
 pub mod atomic;
 #[cfg(feature = "loom")]
 pub mod checked;
 pub mod futex;
 pub mod gate;
+pub mod hold;
 pub mod layout;
 pub mod mapping;
 pub mod memfd;

@@ -8,6 +8,7 @@ use crate::client::fork::PerProcess;
 use crate::client::host::{HostFd, LowDescriptors};
 use crate::client::joining::Claim;
 use crate::client::member::Member;
+use crate::client::resting::{self, Home};
 use crate::segment::gate;
 use crate::wire::message::{self, Join, Mode};
 use libsqlite3_sys as ffi;
@@ -97,6 +98,10 @@ pub fn join(
     path: &Path,
 ) -> Result<Service, Refusal> {
     let io = |e: std::io::Error| Refusal { code: ffi::SQLITE_CANTOPEN, reason: e.to_string() };
+    let which = library.api.vfs_register as usize as u64;
+    if let Some(member) = resume(config, which, fd, path) {
+        return Ok(Service::Seat(member));
+    }
     let low = LowDescriptors::occupy().map_err(io)?;
     let directory = path.parent().unwrap_or(Path::new("/"));
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
@@ -104,10 +109,11 @@ pub fn join(
     // A read-only connection of a process that may write joins as a writer, so that readers that start first
     // do not force guest mode.
     let own = if read_only(fd) { second_descriptor(path) } else { None };
-    let shm = second_descriptor(&with_suffix(path, "-shm"));
+    let shm_path = with_suffix(path, "-shm");
+    let shm = second_descriptor(&shm_path);
     drop(low);
 
-    let claim = Claim {
+    let mut claim = Claim {
         database: own.as_ref().map_or(fd, |o| o.as_fd()),
         directory,
         shm,
@@ -117,18 +123,30 @@ pub fn join(
             guest: config.guest,
             allow_unsafe: config.allow_unsafe,
             sqlite_version: library.version(),
-            library: library.api.vfs_register as usize as u64,
+            library: which,
         },
     };
-    let result = Member::join(config, &claim);
-    let Claim { shm, .. } = claim;
+    let mut result = Member::join(config, &claim);
+    for _ in 0..SHM_TRIES {
+        let Some(shm) = claim.shm.take_if(|shm| bad_descriptor(&result) && replaced(shm, &shm_path)) else {
+            break;
+        };
+        keep(shm);
+        let _low = LowDescriptors::occupy().map_err(io)?;
+        claim.shm = second_descriptor(&shm_path);
+        result = Member::join(config, &claim);
+    }
+    let Claim { shm, directory, join, .. } = claim;
     let gated = matches!(&result, Ok(m) if m.mode() == Mode::Gated);
     // Gated: nobody in this process holds POSIX locks on these files, the gate would not stand. Else keep them.
     if let Some(shm) = shm.filter(|_| !gated) {
         keep(shm);
     }
     match result {
-        Ok(member) => {
+        Ok(mut member) => {
+            if let (None, true, Some(name)) = (&own, gated, &join.name) {
+                member.rests_at(Home::new(config, which, fd, directory, name));
+            }
             match (own, gated) {
                 (Some(own), true) => member.keep(HostFd::of_shared_file(own).map_err(io)?),
                 (Some(own), false) => keep(own),
@@ -150,6 +168,29 @@ pub fn join(
             }
         }
     }
+}
+
+/// Plain clients remove `-shm` at their last close and make another at the next open.
+const SHM_TRIES: usize = 10;
+
+fn bad_descriptor<T>(result: &Result<T, JoinError>) -> bool {
+    matches!(result, Err(JoinError::Refused { why: message::Refusal::BadDescriptor, .. }))
+}
+
+/// The `-shm` file that was opened is not the one that is there.
+fn replaced(shm: &OwnedFd, path: &Path) -> bool {
+    let there = std::fs::symlink_metadata(path).ok().map(|m| (m.dev(), m.ino()));
+    fstat(shm).ok().map(|st| (st.st_dev, st.st_ino)) != there
+}
+
+/// A seat that this process let rest, if it is one for this very file and the gate stands.
+fn resume(config: &Config, library: u64, fd: BorrowedFd, path: &Path) -> Option<Member> {
+    let member = resting::resume(config, library, fd, path)?;
+    if !read_only(fd) && gate::stands(fd) {
+        return Some(member);
+    }
+    member.leave();
+    None
 }
 
 /// Both sides must stand on one kernel and one file: the gate is seen through the connection's own descriptor.

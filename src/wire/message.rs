@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 /// First field of the first message: anything else on this socket is not turnstile.
 pub const PROTOCOL_MAGIC: u32 = 0x7457_5253;
 /// Changes with any change of a message.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// The first message of a session; its encoding never changes, so that versions can tell each other apart.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -120,6 +120,12 @@ pub enum ToBroker {
         id: u64,
         seat: SeatKey,
     },
+    /// A seat that rests under this count is not kept any more. It has no answer: it keeps nobody out. If it has been
+    /// closed meanwhile it may be another's, and stays.
+    LetGo {
+        seat: SeatKey,
+        count: u32,
+    },
 }
 
 /// A seat as the wire names it: the database's number at this broker and the seat's in it.
@@ -149,7 +155,7 @@ pub struct Joined {
     pub mode: Mode,
     pub role: Role,
     pub nonce: u64,
-    /// Descriptors follow, in this order: control, wal-index, then (read-write only) the gate. Absent when the
+    /// Descriptors follow, in this order: control, wal-index, then (read-write only) what holds the gate. Absent when the
     /// session has them already, and in guest mode.
     pub segment: bool,
 }

@@ -200,7 +200,8 @@ def cut_session(broker):
                 continue
             with socket.socket(fileno=os.dup(int(name))) as s:
                 peer, _, _ = struct.unpack("3i", s.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-                if peer == broker.pid:
+                # Not the stream socket that holds the gate.
+                if peer == broker.pid and s.type == socket.SOCK_SEQPACKET:
                     s.shutdown(socket.SHUT_RDWR)
                     cut += 1
         except OSError:

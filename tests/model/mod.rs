@@ -9,8 +9,7 @@ mod explore;
 pub mod world;
 
 pub use actor::*;
-pub use engine::{choose, mix, sleep, wake};
-use engine::{post, wait_for_post};
+pub use engine::{choose, mix, post, sleep, wait_for_post, wake};
 use explore::{Plan, explore};
 use std::cell::Cell;
 use std::panic::RefUnwindSafe;

@@ -39,7 +39,7 @@ impl Place {
         let text = |e: std::io::Error| e.to_string();
         let parent = parent.canonicalize().map_err(text)?;
         let mount = File::open(&parent).map_err(text)?;
-        let mount = mount_of(&mount, std::process::id() as i32);
+        let mount = mount_of(&mount, std::process::id() as i32, &[]);
         let mount: Mount = mount.ok_or("its filesystem cannot be told")?;
         if !mount.is_local() {
             return Err(format!("turnstile would refuse it: {}", mount.reason()));

@@ -1,0 +1,116 @@
+//! A closed connection's seat: it rests, or is given up.
+
+use super::Lost;
+use super::joining::lock;
+use super::member::Member;
+use super::resting;
+use crate::lock::rest::Rest;
+use crate::planted::planted;
+use crate::wire::message::ToBroker;
+use std::sync::Arc;
+
+impl Member {
+    /// The connection is closed, its own descriptor too: once the gate is open, a plain connection of this very process
+    /// may lock the file, and closing any descriptor of it would drop that lock.
+    ///
+    /// The seat rests while another one is in use, in whichever process: then the gate stands anyway.
+    pub fn leave(self) {
+        self.with_seat(|_, seat| seat.leave());
+        if self.may_rest() {
+            match self.with_seat(|_, seat| seat.table.rest(seat.id)) {
+                Some(Rest::Rests(count)) => return resting::keep(Member { count, ..self }),
+                Some(Rest::Closed) => {
+                    resting::beside(&self).into_iter().for_each(Member::leave_at_rest);
+                    return self.forget();
+                }
+                Some(Rest::Last) | None => {}
+            }
+        }
+        // What this process lets rest there goes too: mappings, descriptors and session are to be let go. The broker reads
+        // of it before it reads that this one leaves.
+        let lost = self.connected.session.is_lost();
+        for other in resting::beside(&self) {
+            match lost {
+                true => other.leave_at_rest(),
+                false => other.let_go(),
+            }
+        }
+        self.give_up();
+    }
+
+    fn may_rest(&self) -> bool {
+        self.home.is_some()
+            && self.fast.is_some()
+            && !self.connected.session.was_lost()
+            && self.shared().is_some_and(|s| s.may_rest())
+    }
+
+    /// A seat that rests is given up.
+    pub(super) fn leave_at_rest(self) {
+        match self.with_seat(|_, seat| seat.table.resume(seat.id, self.count)) {
+            Some(true) => self.give_up(),
+            _ => self.forget(),
+        }
+    }
+
+    /// A seat that rests and goes on resting is not kept any more. No answer is waited for: it keeps nobody out.
+    pub(super) fn let_go(mut self) {
+        let connected = Arc::clone(&self.connected);
+        let _segments = lock(&connected.segments);
+        self.unmap();
+        let gone = ToBroker::LetGo { seat: self.joined.seat, count: self.count };
+        let _ = connected.session.send(&gone, &[]);
+    }
+
+    /// The broker has closed the seat, and its number may be another's: nothing is said.
+    pub(super) fn forget(mut self) {
+        let connected = Arc::clone(&self.connected);
+        let _segments = lock(&connected.segments);
+        self.unmap();
+    }
+
+    /// The last one that uses the segment unmaps it, and closes what it has of it.
+    fn unmap(&mut self) {
+        self.fast = None;
+        self.shared = None;
+    }
+
+    /// What this process has of the database's descriptors is closed with its last seat, before that says that it leaves.
+    fn give_up(mut self) {
+        let connected = Arc::clone(&self.connected);
+        let mut segments = lock(&connected.segments);
+        self.leave_without_broker();
+        let late = self.shared.clone().filter(|_| planted("late-close-of-gate"));
+        if self.shared().is_some_and(|s| s.keeps_descriptors()) {
+            self.unmap();
+        }
+        if connected.session.is_lost() || self.say_leave().is_err() {
+            connected.forget();
+            // It may have ended with our message unread.
+            self.leave_without_broker();
+        }
+        self.unmap();
+        segments.retain(|_, shared| shared.strong_count() > 0);
+        drop(late);
+    }
+
+    fn say_leave(&self) -> Result<(), Lost> {
+        let session = &self.connected.session;
+        let id = session.new_id();
+        session.ask(&ToBroker::Leave { id, seat: self.joined.seat }, id, &[]).map(drop)
+    }
+
+    /// If the broker is gone: nobody closes what rests elsewhere, and holds the gate, but the last one out.
+    fn leave_without_broker(&self) {
+        if !self.shared().is_some_and(|s| s.broker_is_gone()) {
+            return;
+        }
+        let nobody_left = self.with_seat(|_, seat| seat.table.close_all(seat.id)).unwrap_or(false);
+        if nobody_left
+            && !planted("gate-left-to-the-resting")
+            && let Some(shared) = self.shared()
+        {
+            let _ = shared.let_gate_go();
+        }
+    }
+}

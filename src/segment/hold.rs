@@ -1,0 +1,133 @@
+//! How members hold the gate: a socket in whose queue the kernel keeps the gate's description.
+//!
+//! A process that closes any descriptor of a file loses its POSIX locks on that file (fcntl(2)). A member with a
+//! descriptor of the gate's could let it go only while the gate stands, for afterwards a plain connection of the same
+//! process may have locked the file. A descriptor in a queue is in no process's table (unix(7), `SCM_RIGHTS`): the
+//! description, and so the gate, lives as long as anybody has the socket, and letting go of that harms nobody.
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
+    socketpair,
+};
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+/// The broker's: the socket that members get, and the other end, by which they see that the broker lives.
+#[derive(Debug)]
+pub struct Hold {
+    socket: OwnedFd,
+    _broker: OwnedFd,
+}
+
+impl Hold {
+    /// One descriptor under way for each gate: the kernel counts them against `RLIMIT_NOFILE` of this user.
+    pub fn new(gate: impl AsFd) -> nix::Result<Hold> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        // Of a stream socket, unlike of a datagram one, it is seen that the other end is gone.
+        let (socket, broker) = socketpair(AddressFamily::Unix, SockType::Stream, None, flags)?;
+        let rights = [gate.as_fd().as_raw_fd()];
+        let rights = [ControlMessage::ScmRights(&rights)];
+        sendmsg::<()>(broker.as_raw_fd(), &[IoSlice::new(b"g")], &rights, MsgFlags::MSG_NOSIGNAL, None)?;
+        Ok(Hold { socket, _broker: broker })
+    }
+
+    pub fn descriptor(&self) -> &OwnedFd {
+        &self.socket
+    }
+}
+
+/// The broker has ended.
+pub fn broker_is_gone(socket: impl AsFd) -> bool {
+    let mut fds = [PollFd::new(socket.as_fd(), PollFlags::empty())];
+    let ended = PollFlags::POLLHUP | PollFlags::POLLERR;
+    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|n| n > 0)
+        && fds[0].revents().is_some_and(|seen| seen.intersects(ended))
+}
+
+/// The gate's description as a descriptor, which is in no queue any more; `None`: somebody else has taken it out.
+pub fn take_out(socket: impl AsFd) -> Option<OwnedFd> {
+    receive(socket, MsgFlags::empty())
+}
+
+/// Another descriptor of the gate's description, which stays where it is.
+pub fn copy(socket: impl AsFd) -> Option<OwnedFd> {
+    receive(socket, MsgFlags::MSG_PEEK)
+}
+
+fn receive(socket: impl AsFd, how: MsgFlags) -> Option<OwnedFd> {
+    let mut byte = [0u8; 1];
+    let mut control = nix::cmsg_space!(RawFd);
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT | how;
+    loop {
+        let mut iov = [IoSliceMut::new(&mut byte)];
+        match recvmsg::<()>(socket.as_fd().as_raw_fd(), &mut iov, Some(&mut control), flags) {
+            Err(Errno::EINTR) => {}
+            Err(_) => return None,
+            Ok(message) => {
+                let rights = message.cmsgs().ok()?.find_map(|c| match c {
+                    ControlMessageOwned::ScmRights(fds) => fds.first().copied(),
+                    _ => None,
+                })?;
+                // SAFETY: just installed by the kernel for us; the only one, because `Hold::new` sends one.
+                return Some(unsafe { OwnedFd::from_raw_fd(rights) });
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::segment::gate;
+    use nix::sys::stat::fstat;
+    use std::fs::OpenOptions;
+
+    fn file() -> (tempfile::NamedTempFile, OwnedFd) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let fd = OpenOptions::new().read(true).write(true).open(file.path()).unwrap().into();
+        (file, fd)
+    }
+
+    #[test]
+    fn the_gate_stands_as_long_as_somebody_has_the_socket() {
+        let (file, fd) = file();
+        let gate = gate::close(fd, None).map_err(|(e, ..)| e).unwrap();
+        let member = gate.hold().descriptor().try_clone().unwrap();
+        assert!(!broker_is_gone(&member));
+        drop(gate); // killed: nothing is unlocked
+        assert!(broker_is_gone(&member));
+        let other = file.reopen().unwrap();
+        assert!(gate::stands(&other));
+        let copy = copy(&member).unwrap();
+        assert_eq!(fstat(&copy).unwrap().st_ino, fstat(&other).unwrap().st_ino);
+        drop(copy);
+        assert!(gate::stands(&other));
+        drop(member);
+        assert!(!gate::stands(&other));
+    }
+
+    #[test]
+    fn what_is_taken_out_is_the_gate() {
+        let (file, fd) = file();
+        let gate = gate::close(fd, None).map_err(|(e, ..)| e).unwrap();
+        let member = gate.hold().descriptor().try_clone().unwrap();
+        drop(gate);
+        let taken = take_out(&member).unwrap();
+        assert!(take_out(&member).is_none());
+        assert!(gate::is_held_by(&taken));
+        drop(taken);
+        assert!(!gate::stands(file.reopen().unwrap()));
+    }
+
+    #[test]
+    fn an_opened_gate_is_held_by_nobody() {
+        let (file, fd) = file();
+        let gate = gate::close(fd, None).map_err(|(e, ..)| e).unwrap();
+        let member = gate.hold().descriptor().try_clone().unwrap();
+        gate.open();
+        assert!(!gate::stands(file.reopen().unwrap()));
+        assert!(take_out(&member).is_none());
+    }
+}
