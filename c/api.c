@@ -35,6 +35,7 @@ struct turnstile_api {
   int (*uri_boolean)(const char *, const char *, int);
   const char *(*filename_journal)(const char *);
   const char *(*filename_wal)(const char *);
+  int (*wal_autocheckpoint)(sqlite3 *, int); /* NULL in a library without WAL */
   int (*is_interrupted)(sqlite3 *); /* 3.41; else NULL */
 };
 
@@ -66,6 +67,7 @@ int turnstile_api_read(const sqlite3_api_routines *p, int least, struct turnstil
   out->uri_boolean = p->uri_boolean;
   out->filename_journal = p->filename_journal;
   out->filename_wal = p->filename_wal;
+  out->wal_autocheckpoint = p->wal_autocheckpoint;
   out->is_interrupted = version>=3041000 ? p->is_interrupted : NULL;
   return version;
 }

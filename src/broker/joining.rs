@@ -156,10 +156,12 @@ impl Server {
             queue: Default::default(),
             seats: Default::default(),
             watch: Default::default(),
+            checkpoints: Default::default(),
             deadlocks: 0,
             turns_revoked: 0,
         };
         self.databases.insert(number, db);
+        self.offer_checkpoints(number);
         number
     }
 
@@ -189,7 +191,7 @@ impl Server {
             return Err((Refusal::UnsafePlace, reason.into()));
         }
         let Some(seat) = db.free_seat() else {
-            let reason = format!("all {} seats are taken", crate::segment::layout::MAX_SEATS);
+            let reason = format!("all {} seats are taken", crate::segment::layout::CHECKPOINTER - 1);
             return Err((Refusal::Exhausted, reason));
         };
         let Some(session) = self.sessions.get_mut(&p.session) else { return Ok(()) };
@@ -251,10 +253,12 @@ impl Server {
         self.drop_if_empty(key.database);
     }
 
-    fn drop_if_empty(&mut self, number: u32) {
-        if !self.databases.get(&number).is_some_and(|d| d.seats.is_empty()) {
+    pub(super) fn drop_if_empty(&mut self, number: u32) {
+        // The checkpointer may be at work: this comes again when it is done.
+        if !self.databases.get(&number).is_some_and(|d| d.seats.is_empty() && !d.checkpoints.is_running()) {
             return;
         }
+        self.end_checkpoints(number);
         if let Some(db) = self.databases.remove(&number) {
             tracing::info!(database = number, "closed: its last member left");
             if let State::Gated { gate, .. } = db.state {

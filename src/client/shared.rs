@@ -6,7 +6,7 @@ use crate::lock::learned::Learned;
 use crate::lock::table::Table;
 use crate::planted::planted;
 use crate::segment::gate;
-use crate::segment::layout::{MAX_REGIONS, REGION_SIZE, WAL_INDEX_SIZE};
+use crate::segment::layout::{CheckpointWords, MAX_REGIONS, REGION_SIZE, WAL_INDEX_SIZE};
 use crate::segment::mapping::ControlMap;
 use crate::segment::memfd;
 use crate::wire::message::Role;
@@ -90,6 +90,15 @@ impl Shared {
     pub fn table(&self) -> Option<Table<'_>> {
         match self.role {
             Role::ReadWrite => self.control.control().map(Table::of),
+            Role::ReadOnly => None,
+        }
+    }
+
+    /// What is said of checkpoints, where this process may say it.
+    #[inline]
+    pub fn checkpoint(&self) -> Option<&CheckpointWords> {
+        match self.role {
+            Role::ReadWrite => self.control.control().map(|c| &c.checkpoint.0),
             Role::ReadOnly => None,
         }
     }

@@ -26,6 +26,12 @@ pub fn wake(word: &AtomicU32) {
     unsafe { libc::syscall(libc::SYS_futex, std::ptr::from_ref(word), libc::FUTEX_WAKE, 1) };
 }
 
+/// Wakes everybody who sleeps on `word`.
+pub fn wake_all(word: &AtomicU32) {
+    // SAFETY: as above.
+    unsafe { libc::syscall(libc::SYS_futex, std::ptr::from_ref(word), libc::FUTEX_WAKE, i32::MAX) };
+}
+
 /// Microseconds of `CLOCK_MONOTONIC`.
 pub fn micros() -> u64 {
     let (seconds, nanos) = clock(libc::CLOCK_MONOTONIC);

@@ -25,6 +25,8 @@ pub const MAX_SEATS: usize = 1024;
 /// As few as fill a word: a model makes them anew for every run.
 #[cfg(feature = "loom")]
 pub const MAX_SEATS: usize = 64;
+/// The seat of the broker's checkpointer, which no connection gets.
+pub const CHECKPOINTER: u32 = MAX_SEATS as u32;
 /// Words of a bitmap with a bit a seat.
 pub const BITMAP_WORDS: usize = MAX_SEATS / 64;
 /// Entries of [`Control::learned`].
@@ -32,7 +34,7 @@ pub const LEARNED: usize = 256;
 
 pub const MAGIC: [u8; 8] = *b"trnstile";
 /// Changes with any change of what lies behind [`Header`].
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 
 /// The beginning of the control memfd: the same in every layout version, so that a client of another version can
 /// still use the socket lane with it.
@@ -161,6 +163,26 @@ pub struct SeatWords {
     pub reserved2: [u64; 4],
 }
 
+/// What members and the broker's checkpointer tell each other.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub struct CheckpointWords {
+    /// Non-zero: the broker checkpoints this database. Written by the broker; set to 0 by a member that finds the
+    /// broker gone. A crash of the checkpointer leaves it: the broker starts another one or clears it.
+    pub duty: AtomicU32,
+    /// Non-zero: the broker has been told that the WAL has grown and has not answered yet. Set by the member that
+    /// tells, cleared by the checkpointer when it begins and by the broker when it was in vain. A crash between the two leaves it set: members
+    /// then checkpoint by themselves once the WAL is long.
+    pub asked: AtomicU32,
+    /// Inode of the WAL that the checkpointer has open, 0 for none. Written by the checkpointer, before it closes
+    /// that file: so it names no other file meanwhile.
+    pub wal_inode: AtomicU64,
+    pub reserved: [u64; 6],
+    /// Until when new readers wait, in milliseconds of `CLOCK_MONOTONIC` (its low 32 bits, never 0); 0: they do not.
+    /// Written by the checkpointer; a futex. A crash leaves a time that soon is past.
+    pub hold: Line<AtomicU32>,
+}
+
 /// [`SeatWords::turn_for`]: a transaction that was said to write.
 pub const FOR_TRANSACTION: u32 = 1;
 /// [`SeatWords::turn_for`]: a transaction like others that wrote.
@@ -188,7 +210,9 @@ pub struct Control {
     pub header: Header,
     pub locks: LockWords,
     pub bitmaps: Bitmaps,
-    pub reserved: [u8; 576],
+    pub reserved: [u8; 448],
+    /// A line that writers look at once a transaction, and one that readers look at.
+    pub checkpoint: Line<CheckpointWords>,
     /// What statements have shown of themselves; see `lock::learned`. Any value is harmless. Written by members.
     pub learned: [AtomicU64; LEARNED],
     pub seats: [SeatWords; MAX_SEATS],
@@ -237,6 +261,11 @@ const _: () = {
     assert!(size_of::<SeatWords>() == 128);
     assert!(offset_of!(Control, locks) == 64);
     assert!(offset_of!(Control, bitmaps) == 512);
+    assert!(offset_of!(CheckpointWords, duty) == 0);
+    assert!(offset_of!(CheckpointWords, asked) == 4);
+    assert!(offset_of!(CheckpointWords, wal_inode) == 8);
+    assert!(offset_of!(CheckpointWords, hold) == 64);
+    assert!(offset_of!(Control, checkpoint) == 2048 - 64 - 128);
     assert!(offset_of!(Control, learned) == 2048 - 64);
     assert!(offset_of!(Control, seats) == 4096);
     assert!(size_of::<Control>() == CONTROL_SIZE);

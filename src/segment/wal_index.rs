@@ -11,12 +11,41 @@ const WAL_INDEX_VERSION: u32 = 3_007_000;
 const HEADER_WORDS: usize = 12;
 /// Both copies and WalCkptInfo: 136 bytes (`WALINDEX_HDR_SIZE`).
 const ALL_WORDS: usize = 34;
+/// Word of `WalIndexHdr.mxFrame`.
+const MX_FRAME: usize = 4;
+/// Word of `WalIndexHdr.aSalt[0]`.
+const SALT: usize = 8;
+/// Word of `WalCkptInfo.nBackfill`.
+const BACKFILL: usize = 24;
 /// Word of `WalCkptInfo.aReadMark[0]`.
 const READ_MARKS: usize = 25;
 
 /// One copy of the header, as read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header([u32; HEADER_WORDS]);
+
+impl Header {
+    /// Frames of the WAL that are committed.
+    pub fn frames(&self) -> u32 {
+        self.0[MX_FRAME]
+    }
+
+    /// Bytes a page.
+    pub fn page_size(&self) -> u32 {
+        // szPage is 16 bits behind isInit and bigEndCksum; 1 stands for 65,536.
+        let bytes = self.0[3].to_ne_bytes();
+        match u16::from_ne_bytes([bytes[2], bytes[3]]) {
+            1 => 65_536,
+            size => u32::from(size),
+        }
+    }
+
+    /// The two salts, as the WAL's own header has them (bytes, not numbers).
+    pub fn salt(&self) -> [u8; 8] {
+        let (first, second) = (self.0[SALT].to_ne_bytes(), self.0[SALT + 1].to_ne_bytes());
+        std::array::from_fn(|i| if i < 4 { first[i] } else { second[i - 4] })
+    }
+}
 
 /// The first region's head, in shared memory that others write at any time: only ever read and written word by
 /// word through atomics.
@@ -59,6 +88,11 @@ impl WalIndex {
         let sum = checksum(&h[..10]);
         (first == second && is_init != 0 && h[0] == WAL_INDEX_VERSION && sum == [h[10], h[11]])
             .then_some(first)
+    }
+
+    /// Frames of the WAL, and how many of them are in the database: each as it was when it was read.
+    pub fn progress(&self) -> (u32, u32) {
+        (self.word(MX_FRAME).load(Ordering::Relaxed), self.word(BACKFILL).load(Ordering::Relaxed))
     }
 
     /// `aReadMark[i]`.

@@ -41,6 +41,7 @@ pub struct Routines {
     pub uri_boolean: unsafe extern "C" fn(*const c_char, *const c_char, c_int) -> c_int,
     pub filename_journal: unsafe extern "C" fn(*const c_char) -> *const c_char,
     pub filename_wal: unsafe extern "C" fn(*const c_char) -> *const c_char,
+    pub wal_autocheckpoint: Option<unsafe extern "C" fn(Db, c_int) -> c_int>,
     pub is_interrupted: Option<unsafe extern "C" fn(Db) -> c_int>,
 }
 

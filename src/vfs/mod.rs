@@ -10,6 +10,7 @@
 mod adopt;
 mod ahead;
 mod api;
+mod autocheckpoint;
 mod control;
 pub mod entry;
 mod join;

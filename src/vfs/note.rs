@@ -6,6 +6,7 @@
 //! note (the application has set a trace of its own, an adopted connection, a retry) the statements are walked.
 
 use super::api::Library;
+use super::autocheckpoint::{self, Automatic};
 use super::main_file::MainFile;
 use super::statement::Statement;
 use crate::client::fork::PerProcess;
@@ -34,6 +35,7 @@ pub struct Note {
     text: AtomicU64,
     /// The file where its turn was taken ahead and not used yet.
     ahead: AtomicPtr<MainFile>,
+    pub automatic: Automatic,
 }
 
 /// By the address of the connection; kept by its files and by its trace.
@@ -54,6 +56,7 @@ impl Note {
             newest: AtomicUsize::new(0),
             text: AtomicU64::new(0),
             ahead: AtomicPtr::new(ptr::null_mut()),
+            automatic: Automatic::default(),
         });
         notes.insert(db as usize, Arc::downgrade(&note));
         note
@@ -117,6 +120,9 @@ unsafe extern "C" fn traced(
         // SAFETY: the context that `trace` gave, alive until the event below.
         let note = unsafe { &*context.cast_const().cast::<Note>() };
         if event == ffi::SQLITE_TRACE_STMT {
+            if note.automatic.is_due() {
+                autocheckpoint::look(note.library, note.db as *mut ffi::sqlite3, &note.automatic);
+            }
             let api = &note.library.api;
             // SAFETY: sqlite3.h: the subject is the statement that starts, `text` its text.
             let (reads, hash) = unsafe {

@@ -153,7 +153,7 @@ fn plain_request(main: &mut MainFile, request: Request, slots: Slots) -> Result<
 /// A checkpoint begins: in a turn of its own if that is to be had soon. While others append, it never comes to the
 /// WAL's end, the WAL is never begun anew, and from then on every commit ends with a checkpoint that syncs.
 fn acquire_checkpoint(main: &mut MainFile, slots: Slots) -> Result<c_int, Lost> {
-    let request = Request::ShmExclusive { slots, blocking: false };
+    let request = Request::ShmExclusive { slots, blocking: main.asked_for_checkpoint() };
     let ahead = main.reads_nothing() && !crate::planted::planted("checkpoint-beside-writers");
     let begun = Instant::now();
     let verdict = main.ask(Ask { request, ahead }, || begun.elapsed() >= CHECKPOINT_PATIENCE)?.verdict;
@@ -174,6 +174,9 @@ fn note_held(main: &mut MainFile, slots: Slots, shared: bool) {
 /// A read transaction begins: the turn first if it will write, then the snapshot.
 fn acquire_read(main: &mut MainFile, slots: Slots) -> Result<c_int, Lost> {
     main.retry_expected = false;
+    if main.reads_nothing() {
+        main.wait_for_reset();
+    }
     // walRestartLog takes a read slot inside a commit: no transaction begins.
     let ahead = !main.owns(slot::WRITE) && main.takes_turn_ahead();
     let read_slot = slots.mask().unwrap_or(0).trailing_zeros() as u8;
@@ -256,6 +259,9 @@ fn release(main: &mut MainFile, slots: Slots, shared: bool) -> Result<c_int, Los
         }
     };
     main.gated().ok_or(Lost)?.release(release)?;
+    if !shared && slots.is_write() {
+        main.wal_has_grown();
+    }
     Ok(ffi::SQLITE_OK)
 }
 

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 /// First field of the first message: anything else on this socket is not turnstile.
 pub const PROTOCOL_MAGIC: u32 = 0x7457_5253;
 /// Changes with any change of a message.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// The first message of a session; its encoding never changes, so that versions can tell each other apart.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -118,6 +118,14 @@ pub enum ToBroker {
     /// Whom the seat waits for.
     AskBlocker {
         id: u64,
+        seat: SeatKey,
+    },
+    /// The seat has opened the WAL, whose descriptor follows. Not answered.
+    WalFile {
+        seat: SeatKey,
+    },
+    /// The WAL is due for a checkpoint. Not answered.
+    WalGrew {
         seat: SeatKey,
     },
 }

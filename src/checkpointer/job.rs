@@ -1,0 +1,228 @@
+//! One checkpoint: most of it beside the writers, its end in a turn of its own, so that the WAL can be begun anew.
+
+use super::vfs;
+use super::work::{Refused, Work};
+use nix::sys::stat::fstat;
+use rusqlite::ffi;
+use std::cell::Cell;
+use std::ffi::{CStr, c_int, c_void};
+use std::os::fd::OwnedFd;
+use std::ptr;
+use std::time::{Duration, Instant};
+use turnstile::segment::atomic::SeqCst;
+use turnstile::segment::futex;
+use turnstile::wire::checkpoint::Outcome;
+
+/// A WAL of fewer frames is not worth a turn.
+const RESET_AT: u32 = 1000;
+/// So few frames are left for the turn, if they can be had.
+const TAIL: u32 = 128;
+/// How often the rest is copied beside the writers.
+const ROUNDS: usize = 3;
+/// A WAL of more frames has readers that always overlap: new ones are held until it can be begun anew.
+const LIMIT: u32 = 4000;
+/// How long readers are waited for in the turn, and past the limit, from one try in vain to the next.
+const PATIENCE: [Duration; 5] = [
+    Duration::from_millis(1),
+    Duration::from_millis(5),
+    Duration::from_millis(20),
+    Duration::from_millis(60),
+    Duration::from_millis(200),
+];
+/// Between two looks at them.
+const NAP: Duration = Duration::from_micros(50);
+
+/// A database's checkpoints: SQLite's connection, kept between them.
+pub struct Job<'a> {
+    work: &'a Work,
+    db: *mut ffi::sqlite3,
+    /// Index in [`PATIENCE`].
+    impatience: usize,
+    busy: Box<Waiting<'a>>,
+}
+
+/// What SQLite's busy handler is given.
+struct Waiting<'a> {
+    work: &'a Work,
+    patience: Cell<Duration>,
+}
+
+/// SQLite's code.
+type Code = c_int;
+
+impl<'a> Job<'a> {
+    pub fn new(work: &'a Work) -> Job<'a> {
+        vfs::serve(work);
+        let busy = Box::new(Waiting { work, patience: Cell::new(PATIENCE[0]) });
+        Job { work, db: ptr::null_mut(), impatience: 0, busy }
+    }
+
+    /// The WAL as a member has just opened it.
+    pub fn take_wal(&mut self, wal: OwnedFd) {
+        let inode = |fd: &OwnedFd| fstat(fd).ok().filter(|st| st.st_mode & libc::S_IFMT == libc::S_IFREG);
+        let Some(new) = inode(&wal) else { return };
+        let word = &self.work.words().wal_inode;
+        if self.work.wal.borrow().as_ref().and_then(inode).is_some_and(|old| old.st_ino == new.st_ino) {
+            return word.store(new.st_ino, SeqCst);
+        }
+        self.close();
+        word.store(0, SeqCst);
+        self.work.wal.replace(Some(wal));
+        word.store(new.st_ino, SeqCst);
+    }
+
+    pub fn checkpoint(&mut self) -> Outcome {
+        if self.work.wal.borrow().is_none() || !self.work.begin() {
+            return Outcome::Nothing;
+        }
+        let copied = self.copy();
+        self.work.end();
+        let (frames, backfilled) = self.work.index().progress();
+        if let Some(reason) = self.work.sync_failed.take() {
+            return Outcome::SyncFailed(reason);
+        }
+        match (copied, self.work.refused.take()) {
+            (_, Some(Refused::Short(reason))) => Outcome::Unable(reason),
+            (_, Some(Refused::Stale)) => Outcome::Nothing,
+            (Ok(()) | Err(ffi::SQLITE_INTERRUPT | ffi::SQLITE_BUSY), None) => {
+                Outcome::Copied { frames, backfilled }
+            }
+            (Err(code), None) => {
+                self.close();
+                Outcome::Unable(format!("the broker's SQLite says: {}", describe(code)))
+            }
+        }
+    }
+
+    fn copy(&mut self) -> Result<(), Code> {
+        let index = self.work.index();
+        let behind = || {
+            let (frames, backfilled) = index.progress();
+            (frames, frames.saturating_sub(backfilled))
+        };
+        self.open()?;
+        self.work.in_turn.set(false);
+        let mut before = u32::MAX;
+        for _ in 0..ROUNDS {
+            let (_, left) = behind();
+            if left <= TAIL || left >= before {
+                break;
+            }
+            before = left;
+            self.run(ffi::SQLITE_CHECKPOINT_PASSIVE)?;
+        }
+        let (frames, left) = behind();
+        if frames < RESET_AT || left == 0 && self.impatience == 0 {
+            return Ok(());
+        }
+        // What has been copied goes to the disk before anybody waits for it.
+        if let Err(e) = nix::unistd::fdatasync(&self.work.database) {
+            self.work.sync_failed.replace(Some(format!("it could not be synced ({e})")));
+            return Err(ffi::SQLITE_IOERR_FSYNC);
+        }
+        self.finish(frames)
+    }
+
+    /// The last frames, in a turn: nobody appends, and once the readers that still need the WAL are gone the next
+    /// writer begins it anew.
+    fn finish(&mut self, frames: u32) -> Result<(), Code> {
+        let held = frames > LIMIT;
+        let patience = PATIENCE[if held { self.impatience.max(1) } else { 0 }];
+        self.busy.patience.set(patience);
+        self.work.in_turn.set(true);
+        if held {
+            self.hold_readers(patience);
+        }
+        // Not RESTART, which leaves the new beginning to the next writer: one that waits for its turn has chosen its
+        // read slot, finds nothing changed, and appends. The file keeps its size ([`vfs`]): overwriting is cheaper.
+        let done = self.run(ffi::SQLITE_CHECKPOINT_TRUNCATE);
+        if held {
+            self.let_readers_go();
+        }
+        self.work.in_turn.set(false);
+        self.impatience = match done {
+            Ok(()) => 0,
+            _ => (self.impatience + 1).min(PATIENCE.len() - 1),
+        };
+        done
+    }
+
+    fn hold_readers(&self, patience: Duration) {
+        let until = futex::micros() / 1000 + patience.as_millis() as u64 + 1;
+        self.work.words().hold.0.store((until as u32).max(1), SeqCst);
+    }
+
+    fn let_readers_go(&self) {
+        let hold = &self.work.words().hold.0;
+        hold.store(0, SeqCst);
+        futex::wake_all(hold);
+    }
+
+    fn run(&self, mode: c_int) -> Result<(), Code> {
+        // SAFETY: our own open connection.
+        let code = unsafe {
+            ffi::sqlite3_wal_checkpoint_v2(self.db, c"main".as_ptr(), mode, ptr::null_mut(), ptr::null_mut())
+        };
+        if code == ffi::SQLITE_OK { Ok(()) } else { Err(code & 0xff) }
+    }
+
+    /// Opens the connection, and by it the WAL, if it is not open.
+    fn open(&mut self) -> Result<(), Code> {
+        if !self.db.is_null() {
+            return Ok(());
+        }
+        let flags = ffi::SQLITE_OPEN_READWRITE | ffi::SQLITE_OPEN_NOMUTEX;
+        // SAFETY: the name is only a name; the VFS is registered; the busy handler's argument is boxed and lives as
+        // long as the connection.
+        let code = unsafe {
+            let name = c"database";
+            match ffi::sqlite3_open_v2(name.as_ptr(), &raw mut self.db, flags, vfs::NAME.as_ptr()) {
+                ffi::SQLITE_OK => {
+                    let argument = ptr::from_ref(&*self.busy).cast_mut().cast::<c_void>();
+                    ffi::sqlite3_busy_handler(self.db, Some(wait), argument);
+                    let read = c"PRAGMA wal_autocheckpoint=0; PRAGMA synchronous=FULL; PRAGMA schema_version";
+                    let out = ptr::null_mut();
+                    ffi::sqlite3_exec(self.db, read.as_ptr(), None, ptr::null_mut(), out)
+                }
+                code => code,
+            }
+        };
+        match code {
+            ffi::SQLITE_OK => Ok(()),
+            code => {
+                self.close();
+                Err(code & 0xff)
+            }
+        }
+    }
+
+    fn close(&mut self) {
+        // SAFETY: our own connection, or null; nothing of it is in use.
+        unsafe { ffi::sqlite3_close(std::mem::replace(&mut self.db, ptr::null_mut())) };
+    }
+}
+
+impl Drop for Job<'_> {
+    fn drop(&mut self) {
+        self.close();
+        self.work.words().wal_inode.store(0, SeqCst);
+    }
+}
+
+/// A reader is in the way.
+unsafe extern "C" fn wait(argument: *mut c_void, _: c_int) -> c_int {
+    // SAFETY: what `open` has given.
+    let waiting = unsafe { &*argument.cast::<Waiting>() };
+    let since = waiting.work.turn_since.get();
+    let over = since.is_none_or(|since: Instant| since.elapsed() >= waiting.patience.get());
+    if over || waiting.work.interrupted() {
+        return 0;
+    }
+    std::thread::sleep(NAP);
+    1
+}
+
+fn describe(code: Code) -> String {
+    // SAFETY: a static string.
+    unsafe { CStr::from_ptr(ffi::sqlite3_errstr(code)) }.to_string_lossy().into_owned()
+}
