@@ -14,13 +14,13 @@ use turnstile::segment::futex;
 use turnstile::wire::checkpoint::Outcome;
 
 /// A WAL of fewer frames is not worth a turn.
-const RESET_AT: u32 = 1000;
+const RESET_AT: u32 = 3000;
 /// So few frames are left for the turn, if they can be had.
 const TAIL: u32 = 128;
 /// How often the rest is copied beside the writers.
-const ROUNDS: usize = 3;
+const ROUNDS: usize = 2;
 /// A WAL of more frames has readers that always overlap: new ones are held until it can be begun anew.
-const LIMIT: u32 = 4000;
+const LIMIT: u32 = 8000;
 /// How long readers are waited for in the turn, and past the limit, from one try in vain to the next.
 const PATIENCE: [Duration; 5] = [
     Duration::from_millis(1),
@@ -102,6 +102,13 @@ impl<'a> Job<'a> {
         };
         self.open()?;
         self.work.in_turn.set(false);
+        self.run(ffi::SQLITE_CHECKPOINT_PASSIVE)?;
+        if behind().0 < RESET_AT {
+            return Ok(());
+        }
+        // What has been copied goes to the disk before anybody waits for it, and what has come meanwhile is copied, as
+        // long as it becomes less.
+        self.sync()?;
         let mut before = u32::MAX;
         for _ in 0..ROUNDS {
             let (_, left) = behind();
@@ -111,16 +118,14 @@ impl<'a> Job<'a> {
             before = left;
             self.run(ffi::SQLITE_CHECKPOINT_PASSIVE)?;
         }
-        let (frames, left) = behind();
-        if frames < RESET_AT || left == 0 && self.impatience == 0 {
-            return Ok(());
-        }
-        // What has been copied goes to the disk before anybody waits for it.
-        if let Err(e) = nix::unistd::fdatasync(&self.work.database) {
+        self.finish(behind().0)
+    }
+
+    fn sync(&self) -> Result<(), Code> {
+        nix::unistd::fdatasync(&self.work.database).map_err(|e| {
             self.work.sync_failed.replace(Some(format!("it could not be synced ({e})")));
-            return Err(ffi::SQLITE_IOERR_FSYNC);
-        }
-        self.finish(frames)
+            ffi::SQLITE_IOERR_FSYNC
+        })
     }
 
     /// The last frames, in a turn: nobody appends, and once the readers that still need the WAL are gone the next

@@ -253,7 +253,7 @@ def test_a_socket_that_others_may_not_connect_to():
 
 # --- strangers -------------------------------------------------------------------------------------------------
 
-MAGIC, VERSION = 0x74575253, 1
+MAGIC, VERSION = 0x74575253, 2
 
 
 def varint(n):
