@@ -95,7 +95,7 @@ impl Database {
             tracing::warn!(database = ?self.identity, "checkpoints are left to its members: {reason}");
             self.checkpoints.unable = Some(reason.to_owned());
         }
-        if let Some(words) = self.checkpoint_words() {
+        if let Some(words) = self.checkpoint_words().filter(|_| !planted("given-up-in-silence")) {
             words.duty.store(0, SeqCst);
             words.asked.store(0, SeqCst);
         }
@@ -260,7 +260,8 @@ impl Server {
         match outcome {
             Outcome::Copied { frames, backfilled } => {
                 // Readers may stand in the way: not asked again at once.
-                let moved = frames == backfilled || (frames, backfilled) != (state.frames, state.backfilled);
+                let begun_anew = frames < state.frames;
+                let moved = frames == backfilled || begun_anew || backfilled > state.backfilled;
                 (state.frames, state.backfilled) = (frames, backfilled);
                 state.done += 1;
                 state.paused = !moved;
@@ -299,7 +300,7 @@ impl Server {
             db.checkpoints.since = None;
             if let Some(words) = db.checkpoint_words() {
                 words.wal_inode.store(0, SeqCst);
-                words.hold.0.store(0, SeqCst);
+                words.brake.store(0, SeqCst);
                 words.asked.store(0, SeqCst);
             }
         }

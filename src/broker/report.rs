@@ -23,6 +23,8 @@ struct BrokerReport {
     socket: String,
     uptime_seconds: u64,
     sessions: usize,
+    /// The process that checkpoints, once there is something to checkpoint.
+    checkpointer: Option<u32>,
 }
 
 #[derive(Serialize)]
@@ -35,12 +37,23 @@ struct DatabaseReport {
     members: Vec<MemberReport>,
     turn: Option<TurnReport>,
     line: Vec<WaitReport>,
+    checkpoints: CheckpointReport,
     turns_revoked: u64,
     deadlocks: u64,
     /// How often the line for the turn was found standing still: never, if turnstile has no bug.
     lines_stuck: u32,
     /// How often the first in the line did not come for its turn and was put behind the others.
     passed_over: u32,
+}
+
+#[derive(Serialize)]
+struct CheckpointReport {
+    /// "broker", or "members" where the broker cannot.
+    by: &'static str,
+    reason: Option<String>,
+    /// Checkpoints of the broker's that have copied something.
+    done: u64,
+    running: bool,
 }
 
 #[derive(Serialize)]
@@ -92,6 +105,7 @@ impl Server {
                 socket: self.options.socket.display().to_string(),
                 uptime_seconds: self.started.elapsed().as_secs(),
                 sessions: self.sessions.len(),
+                checkpointer: self.checkpointer.pid(),
             },
             databases: self.databases.values().filter(visible).map(|d| self.describe(d)).collect(),
         };
@@ -142,6 +156,12 @@ impl Server {
                     WaitReport { seat, pid, program, waits_for: what.describe().into(), waited_ms }
                 })
                 .collect(),
+            checkpoints: CheckpointReport {
+                by: if db.checkpoints_by_members().is_none() { "broker" } else { "members" },
+                reason: db.checkpoints_by_members().map(str::to_owned),
+                done: db.checkpoints.done,
+                running: db.checkpoints.is_running(),
+            },
             turns_revoked: db.turns_revoked,
             deadlocks: db.deadlocks,
             lines_stuck: counters[0].load(SeqCst),

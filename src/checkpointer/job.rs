@@ -9,6 +9,7 @@ use std::ffi::{CStr, c_int, c_void};
 use std::os::fd::OwnedFd;
 use std::ptr;
 use std::time::{Duration, Instant};
+use turnstile::planted::planted;
 use turnstile::segment::atomic::SeqCst;
 use turnstile::segment::futex;
 use turnstile::wire::checkpoint::Outcome;
@@ -19,9 +20,11 @@ const RESET_AT: u32 = 3000;
 const TAIL: u32 = 128;
 /// How often the rest is copied beside the writers.
 const ROUNDS: usize = 2;
-/// A WAL of more frames has readers that always overlap: new ones are held until it can be begun anew.
+/// A WAL of more frames has readers that always overlap: writers wait longer for them.
 const LIMIT: u32 = 8000;
-/// How long readers are waited for in the turn, and past the limit, from one try in vain to the next.
+/// A WAL of so many frames has outrun the checkpoint that runs: writers wait for its end.
+const BRAKE: u32 = LIMIT + LIMIT / 4;
+/// How long readers are waited for in the turn, and past the limit from one try in vain to the next.
 const PATIENCE: [Duration; 5] = [
     Duration::from_millis(1),
     Duration::from_millis(5),
@@ -36,8 +39,13 @@ const NAP: Duration = Duration::from_micros(50);
 pub struct Job<'a> {
     work: &'a Work,
     db: *mut ffi::sqlite3,
-    /// Index in [`PATIENCE`].
+    /// Tries in vain past the limit, an index in [`PATIENCE`].
     impatience: usize,
+    /// After the last of them: the length of the WAL that is worth another one. A reader that stays for long must not
+    /// cost every writer a wait again and again.
+    not_before: u32,
+    /// Frames of the WAL at the last try.
+    last: u32,
     busy: Box<Waiting<'a>>,
 }
 
@@ -54,7 +62,7 @@ impl<'a> Job<'a> {
     pub fn new(work: &'a Work) -> Job<'a> {
         vfs::serve(work);
         let busy = Box::new(Waiting { work, patience: Cell::new(PATIENCE[0]) });
-        Job { work, db: ptr::null_mut(), impatience: 0, busy }
+        Job { work, db: ptr::null_mut(), impatience: 0, not_before: 0, last: 0, busy }
     }
 
     /// The WAL as a member has just opened it.
@@ -75,13 +83,21 @@ impl<'a> Job<'a> {
         if self.work.wal.borrow().is_none() || !self.work.begin() {
             return Outcome::Nothing;
         }
+        let brake = &self.work.words().brake;
+        // Unless readers stay in the way: no wait of a writer's would help.
+        brake.store(if self.not_before == 0 { BRAKE } else { 0 }, SeqCst);
         let copied = self.copy();
         self.work.end();
+        brake.store(0, SeqCst);
+        futex::wake_all(brake);
         let (frames, backfilled) = self.work.index().progress();
         if let Some(reason) = self.work.sync_failed.take() {
             return Outcome::SyncFailed(reason);
         }
         match (copied, self.work.refused.take()) {
+            (_, Some(Refused::Reserved(bytes))) => Outcome::Unable(format!(
+                "its pages have {bytes} reserved bytes, which may be a checksum or a cipher's"
+            )),
             (_, Some(Refused::Short(reason))) => Outcome::Unable(reason),
             (_, Some(Refused::Stale)) => Outcome::Nothing,
             (Ok(()) | Err(ffi::SQLITE_INTERRUPT | ffi::SQLITE_BUSY), None) => {
@@ -111,8 +127,8 @@ impl<'a> Job<'a> {
         self.sync()?;
         let mut before = u32::MAX;
         for _ in 0..ROUNDS {
-            let (_, left) = behind();
-            if left <= TAIL || left >= before {
+            let (frames, left) = behind();
+            if left <= TAIL || left >= before || frames > LIMIT {
                 break;
             }
             before = left;
@@ -128,39 +144,34 @@ impl<'a> Job<'a> {
         })
     }
 
-    /// The last frames, in a turn: nobody appends, and once the readers that still need the WAL are gone the next
-    /// writer begins it anew.
+    /// The last frames, in a turn: nobody appends, and once the readers that still need the WAL are gone it is begun
+    /// anew. They need not be kept out: as the WAL stands still, those that come meanwhile read its end, and, when all
+    /// of it is in the database, do without it. So after two generations of them none is in the way.
     fn finish(&mut self, frames: u32) -> Result<(), Code> {
-        let held = frames > LIMIT;
-        let patience = PATIENCE[if held { self.impatience.max(1) } else { 0 }];
+        if frames < self.last {
+            (self.impatience, self.not_before) = (0, 0); // begun anew by a writer
+        }
+        self.last = frames;
+        if frames < self.not_before {
+            return Ok(());
+        }
+        let step = if frames > LIMIT { self.impatience.max(1) } else { 0 };
+        let patience = if planted("readers-not-waited-for") { Duration::ZERO } else { PATIENCE[step] };
         self.busy.patience.set(patience);
         self.work.in_turn.set(true);
-        if held {
-            self.hold_readers(patience);
-        }
         // Not RESTART, which leaves the new beginning to the next writer: one that waits for its turn has chosen its
         // read slot, finds nothing changed, and appends. The file keeps its size ([`vfs`]): overwriting is cheaper.
-        let done = self.run(ffi::SQLITE_CHECKPOINT_TRUNCATE);
-        if held {
-            self.let_readers_go();
-        }
+        let done = self.run(match planted("wal-left-to-writers") {
+            true => ffi::SQLITE_CHECKPOINT_RESTART,
+            false => ffi::SQLITE_CHECKPOINT_TRUNCATE,
+        });
         self.work.in_turn.set(false);
-        self.impatience = match done {
-            Ok(()) => 0,
-            _ => (self.impatience + 1).min(PATIENCE.len() - 1),
-        };
+        match done {
+            Ok(()) => (self.impatience, self.last) = (0, 0),
+            Err(_) if step + 1 == PATIENCE.len() => self.not_before = frames + frames / 2,
+            Err(_) => self.impatience += usize::from(frames > LIMIT),
+        }
         done
-    }
-
-    fn hold_readers(&self, patience: Duration) {
-        let until = futex::micros() / 1000 + patience.as_millis() as u64 + 1;
-        self.work.words().hold.0.store((until as u32).max(1), SeqCst);
-    }
-
-    fn let_readers_go(&self) {
-        let hold = &self.work.words().hold.0;
-        hold.store(0, SeqCst);
-        futex::wake_all(hold);
     }
 
     fn run(&self, mode: c_int) -> Result<(), Code> {
@@ -175,6 +186,13 @@ impl<'a> Job<'a> {
     fn open(&mut self) -> Result<(), Code> {
         if !self.db.is_null() {
             return Ok(());
+        }
+        // Offset 20 of the database's header: bytes of each page that an extension uses.
+        let mut reserved = [0u8];
+        let read = nix::sys::uio::pread(&self.work.database, &mut reserved, 20);
+        if read != Ok(1) || reserved[0] != 0 && !planted("reserved-bytes-copied") {
+            self.work.refused.replace(Some(Refused::Reserved(reserved[0])));
+            return Err(ffi::SQLITE_NOTADB);
         }
         let flags = ffi::SQLITE_OPEN_READWRITE | ffi::SQLITE_OPEN_NOMUTEX;
         // SAFETY: the name is only a name; the VFS is registered; the busy handler's argument is boxed and lives as

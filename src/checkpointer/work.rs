@@ -94,6 +94,8 @@ pub enum Refused {
     /// It is not the one that the index describes, or not any more.
     Stale,
     Short(String),
+    /// Its pages have so many bytes that are not SQLite's.
+    Reserved(u8),
 }
 
 pub struct Work {

@@ -177,10 +177,9 @@ pub struct CheckpointWords {
     /// Inode of the WAL that the checkpointer has open, 0 for none. Written by the checkpointer, before it closes
     /// that file: so it names no other file meanwhile.
     pub wal_inode: AtomicU64,
-    pub reserved: [u64; 6],
-    /// Until when new readers wait, in milliseconds of `CLOCK_MONOTONIC` (its low 32 bits, never 0); 0: they do not.
-    /// Written by the checkpointer; a futex. A crash leaves a time that soon is past.
-    pub hold: Line<AtomicU32>,
+    /// Non-zero while a checkpoint runs: at so many frames writers wait for its end before they begin. Written by the
+    /// checkpointer; a futex. A crash leaves it: the broker clears it, and nobody waits long.
+    pub brake: AtomicU32,
 }
 
 /// [`SeatWords::turn_for`]: a transaction that was said to write.
@@ -210,8 +209,7 @@ pub struct Control {
     pub header: Header,
     pub locks: LockWords,
     pub bitmaps: Bitmaps,
-    pub reserved: [u8; 448],
-    /// A line that writers look at once a transaction, and one that readers look at.
+    pub reserved: [u8; 512],
     pub checkpoint: Line<CheckpointWords>,
     /// What statements have shown of themselves; see `lock::learned`. Any value is harmless. Written by members.
     pub learned: [AtomicU64; LEARNED],
@@ -264,8 +262,8 @@ const _: () = {
     assert!(offset_of!(CheckpointWords, duty) == 0);
     assert!(offset_of!(CheckpointWords, asked) == 4);
     assert!(offset_of!(CheckpointWords, wal_inode) == 8);
-    assert!(offset_of!(CheckpointWords, hold) == 64);
-    assert!(offset_of!(Control, checkpoint) == 2048 - 64 - 128);
+    assert!(offset_of!(CheckpointWords, brake) == 16);
+    assert!(offset_of!(Control, checkpoint) == 2048 - 2 * 64);
     assert!(offset_of!(Control, learned) == 2048 - 64);
     assert!(offset_of!(Control, seats) == 4096);
     assert!(size_of::<Control>() == CONTROL_SIZE);

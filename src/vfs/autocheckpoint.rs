@@ -31,7 +31,7 @@ const DEFAULT: u32 = 1000;
 const RAISED: u32 = 1 << 30;
 /// A WAL that grows on by so many times its threshold although the broker has been told: is it still there?
 const OVERDUE: u32 = 4;
-/// No reader is held for longer, whatever the segment says.
+/// No writer is held for longer, whatever the segment says.
 const LONGEST_HOLD: Duration = Duration::from_millis(250);
 
 /// What is known of a connection's automatic checkpoints.
@@ -85,7 +85,7 @@ pub fn look(library: &'static Library, db: *mut ffi::sqlite3, automatic: &Automa
         return automatic.state.store(if raised { LOOK } else { OWN }, Relaxed);
     };
     automatic.threshold.store(u32::MAX, Relaxed);
-    let brokers = adopt::all_checkpointed_by_broker(library, db);
+    let brokers = adopt::all_checkpointed_by_broker(library, db) || planted("attached-forgotten");
     let wanted = now & !RAISED;
     let mut state = OWN;
     if brokers && wanted >= DEFAULT {
@@ -125,12 +125,13 @@ fn setting(library: &Library, db: *mut ffi::sqlite3) -> Option<u32> {
 
 /// The application asks for its setting, or sets it: it meets SQLite's own hook with its own number.
 pub fn asked_for(library: &'static Library, db: *mut ffi::sqlite3, automatic: &Automatic) {
-    if automatic.state.load(Relaxed) != BROKERS || planted("autocheckpoint-tells-raised") {
-        return;
+    let was = automatic.state.swap(LOOKING, Relaxed);
+    if was == LOOKING || planted("autocheckpoint-tells-raised") {
+        return automatic.state.store(was, Relaxed); // it is ourselves who ask
     }
-    let Some(set) = library.api.wal_autocheckpoint else { return };
-    automatic.state.store(LOOKING, Relaxed);
-    if let Some(now) = setting(library, db)
+    if let Some(set) = library.api.wal_autocheckpoint
+        && automatic.threshold.load(Relaxed) != u32::MAX
+        && let Some(now) = setting(library, db)
         && now & RAISED != 0
     {
         // SAFETY: as in `look`.
@@ -179,6 +180,9 @@ impl MainFile {
         } else {
             automatic.overdue.store(due.saturating_add(threshold), Relaxed);
         }
+        if planted("gone-broker-trusted") {
+            return Ok(());
+        }
         if !first && member.session().is_lost() || member.wal_grew().is_err() {
             words.duty.store(0, SeqCst);
             automatic.look_again();
@@ -193,31 +197,17 @@ impl MainFile {
         automatic == Some(BROKERS) || statement::current_run(&self.library.api, self.db()).is_some()
     }
 
-    /// A read begins: past a WAL's limit new readers are held for some milliseconds, so that it can be begun anew. A
-    /// wait that never fails.
+    /// A write transaction begins: a WAL that has outrun a running checkpoint is not appended to before that ends.
+    /// A wait that never fails.
     #[inline]
-    pub fn wait_for_reset(&self) {
+    pub fn wait_for_checkpoint(&self) {
         let words = self.gated().and_then(|m| m.shared()).and_then(|s| s.checkpoint());
-        if let Some(words) = words.filter(|w| w.hold.0.load(SeqCst) != 0) {
-            held(&words.hold.0);
+        if let (Some(words), Some(index)) = (words, self.wal_index) {
+            let brake = words.brake.load(SeqCst);
+            let outrun = || index.progress().0 >= brake && words.duty.load(SeqCst) != 0;
+            if brake != 0 && outrun() && !planted("writers-outrun") {
+                futex::wait(&words.brake, brake, LONGEST_HOLD);
+            }
         }
-    }
-}
-
-#[cold]
-fn held(hold: &crate::segment::atomic::AtomicU32) {
-    if planted("readers-not-held") {
-        return;
-    }
-    let begun = futex::micros();
-    loop {
-        let until = hold.load(SeqCst);
-        // Both are the low bits of a clock: a time that is past is a large number.
-        let left = until.wrapping_sub((futex::micros() / 1000) as u32);
-        let mine = LONGEST_HOLD.as_micros() as u64;
-        if until == 0 || left == 0 || u64::from(left) * 1000 > mine || futex::micros() - begun > mine {
-            return;
-        }
-        futex::wait(hold, until, Duration::from_millis(left.into()));
     }
 }

@@ -133,6 +133,10 @@ unsafe extern "C" fn traced(
                     if alone || text.is_null() { 0 } else { hash(CStr::from_ptr(text.cast()).to_bytes()) },
                 )
             };
+            // SAFETY: as above.
+            if !text.is_null() && attaches(unsafe { CStr::from_ptr(text.cast()) }.to_bytes()) {
+                note.automatic.look_again();
+            }
             note.text.store(hash, Relaxed);
             note.newest.store(note.newest_now(), Relaxed);
             note.kind.store(if reads { READS } else { WRITES }, Relaxed);
@@ -142,4 +146,16 @@ unsafe extern "C" fn traced(
         }
     });
     0
+}
+
+/// The statement may be an ATTACH: through another VFS, which nobody else sees.
+fn attaches(text: &[u8]) -> bool {
+    let text = text.trim_ascii_start();
+    let word = b"attach";
+    match text.first() {
+        Some(b'a' | b'A') => text.get(..word.len()).is_some_and(|t| t.eq_ignore_ascii_case(word)),
+        // Behind a comment.
+        Some(b'-' | b'/') => text.windows(word.len()).any(|t| t.eq_ignore_ascii_case(word)),
+        _ => false,
+    }
 }

@@ -174,11 +174,11 @@ fn note_held(main: &mut MainFile, slots: Slots, shared: bool) {
 /// A read transaction begins: the turn first if it will write, then the snapshot.
 fn acquire_read(main: &mut MainFile, slots: Slots) -> Result<c_int, Lost> {
     main.retry_expected = false;
-    if main.reads_nothing() {
-        main.wait_for_reset();
-    }
     // walRestartLog takes a read slot inside a commit: no transaction begins.
     let ahead = !main.owns(slot::WRITE) && main.takes_turn_ahead();
+    if ahead && main.reads_nothing() {
+        main.wait_for_checkpoint();
+    }
     let read_slot = slots.mask().unwrap_or(0).trailing_zeros() as u8;
     let before = if ahead { main.snapshot_basis(read_slot) } else { None };
     let outcome = main.ask(Ask { request: Request::ShmShared(slots), ahead }, || false)?;
