@@ -5,6 +5,7 @@ use super::server::Server;
 use crate::lock::seat::WaitsFor;
 use crate::segment::atomic::SeqCst;
 use crate::segment::futex;
+use crate::segment::layout::CHECKPOINTER;
 use crate::wire::MAX_PACKET;
 use crate::wire::message::{FromBroker, Role};
 use serde::Serialize;
@@ -119,6 +120,9 @@ impl Server {
 
     fn describe(&self, db: &Database) -> DatabaseReport {
         let who = |seat: u32| {
+            if seat == CHECKPOINTER {
+                return (self.checkpointer.pid().unwrap_or(0) as i32, "turnstile checkpointer".to_owned());
+            }
             let session = db.seats.get(&seat).and_then(|s| self.sessions.get(&s.session));
             session.map(|s| (s.pid(), s.who.program.clone())).unwrap_or_default()
         };
@@ -126,7 +130,8 @@ impl Server {
             State::Gated { .. } => ("gated", None),
             State::Guest { reason, .. } => ("guest", Some(reason.clone())),
         };
-        let holder = db.turn().load().holder().filter(|seat| db.seats.contains_key(seat));
+        let holder =
+            db.turn().load().holder().filter(|seat| *seat == CHECKPOINTER || db.seats.contains_key(seat));
         let mut waiting: Vec<(u64, u32, WaitsFor)> = db
             .seats
             .keys()

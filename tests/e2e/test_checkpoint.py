@@ -1,6 +1,7 @@
 """The broker's checkpointer: WALs are copied back off the commit path, stay bounded, and are never left alone."""
 
 import os
+import random
 import shutil
 import signal
 import sqlite3
@@ -206,26 +207,37 @@ def pid_of_checkpointer(broker):
     return wait_until(lambda: broker.status()["broker"]["checkpointer"], what="a checkpointer")
 
 
-@fails_without("dead-checkpointer-keeps-locks", attempts=3)
+def stop_in_turn(broker, path, seconds=20):
+    """SIGSTOPs the checkpointer at a moment at which it has the turn, and returns its pid."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pid = pid_of_checkpointer(broker)
+        os.kill(pid, signal.SIGSTOP)
+        turn = broker.database(path)["turn"]
+        if turn and turn["pid"] == pid:
+            assert turn["program"] == "turnstile checkpointer", turn
+            return pid
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(random.random() / 50)
+    raise AssertionError("the checkpointer was never seen with the turn")
+
+
+@fails_without("dead-checkpointer-keeps-locks")
 @timeout(90)
 def test_a_killed_checkpointer_is_replaced():
     with Broker() as broker:
         path = made(broker)
-        with Workers(2, write, 12.0, path, broker, options={"pad": 1500}) as workers:
+        with Workers(2, write, 16.0, path, broker, options={"pad": 1500}) as workers:
             workers.go()
-            for _ in range(3):
-                before = wait_until(lambda: checkpoints(broker, path), what="members")["done"]
-                wait_until(lambda: checkpoints(broker, path)["done"] > before + 2, what="more checkpoints")
-                pid = pid_of_checkpointer(broker)
-                wait_until(lambda: checkpoints(broker, path)["running"], what="a running checkpoint")
+            for _ in range(2):
+                pid = stop_in_turn(broker, path)
                 os.kill(pid, signal.SIGKILL)
                 wait_until(lambda: pid_of_checkpointer(broker) != pid, what="another checkpointer")
-            before = checkpoints(broker, path)["done"]
-            wait_until(lambda: checkpoints(broker, path)["done"] > before + 2, what="more checkpoints")
+                before = checkpoints(broker, path)["done"]
+                wait_until(lambda: checkpoints(broker, path)["done"] > before + 2, what="more checkpoints")
             results = workers.wait()
         assert not sum(r["busy"] for r in results), results
-        assert max(r["longest"] for r in results) < 4 * LIMIT, results
-        assert max(r["worst_wait"] for r in results) < 5, results
+        assert max(r["longest"] for r in results) < 2 * LIMIT, results
         check_rows(path, broker.record)
 
 
@@ -304,7 +316,7 @@ def test_a_copy_right_after_the_last_close_is_complete():
         check_rows(path, broker.record)
 
 
-@fails_without("short-wal-copied", message="bytes")
+@fails_without("short-wal-copied")
 def test_a_wal_shorter_than_its_index_says_is_refused():
     with Broker() as broker:
         path = made(broker)
