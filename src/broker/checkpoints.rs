@@ -9,6 +9,7 @@ use super::filesystem::mount_of;
 use super::server::{CHECKPOINTER_PIDFD, CHECKPOINTER_SOCKET, Server};
 use crate::planted::planted;
 use crate::segment::atomic::SeqCst;
+use crate::segment::futex;
 use crate::segment::layout::CHECKPOINTER;
 use crate::wire::checkpoint::{FromCheckpointer, Outcome, ToCheckpointer};
 use crate::wire::message::{Role, SeatKey};
@@ -82,10 +83,16 @@ impl Database {
 
     /// Members may ask again after a checkpoint in vain.
     pub fn resume_checkpoints(&mut self) {
-        if std::mem::take(&mut self.checkpoints.paused)
-            && let Some(words) = self.checkpoint_words()
-        {
+        if std::mem::take(&mut self.checkpoints.paused) {
+            self.answer_writers();
+        }
+    }
+
+    /// The checkpoint is over: writers may ask for the next one, and those that wait for it go on.
+    fn answer_writers(&self) {
+        if let Some(words) = self.checkpoint_words() {
             words.asked.store(0, SeqCst);
+            futex::wake_all(&words.asked);
         }
     }
 
@@ -97,7 +104,7 @@ impl Database {
         }
         if let Some(words) = self.checkpoint_words().filter(|_| !planted("given-up-in-silence")) {
             words.duty.store(0, SeqCst);
-            words.asked.store(0, SeqCst);
+            self.answer_writers();
         }
     }
 }
@@ -275,10 +282,8 @@ impl Server {
                 }
             }
         }
-        if !db.checkpoints.paused
-            && let Some(words) = db.checkpoint_words()
-        {
-            words.asked.store(0, SeqCst);
+        if !db.checkpoints.paused {
+            db.answer_writers();
         }
         self.drop_if_empty(number);
     }
@@ -301,8 +306,8 @@ impl Server {
             if let Some(words) = db.checkpoint_words() {
                 words.wal_inode.store(0, SeqCst);
                 words.brake.store(0, SeqCst);
-                words.asked.store(0, SeqCst);
             }
+            db.answer_writers();
         }
         let now = Instant::now();
         self.checkpointer.deaths.retain(|at| now.duration_since(*at) < DEATHS_WITHIN);

@@ -11,7 +11,6 @@ use std::ptr;
 use std::time::{Duration, Instant};
 use turnstile::planted::planted;
 use turnstile::segment::atomic::SeqCst;
-use turnstile::segment::futex;
 use turnstile::wire::checkpoint::Outcome;
 
 /// A WAL of fewer frames is not worth a turn.
@@ -22,7 +21,7 @@ const TAIL: u32 = 128;
 const ROUNDS: usize = 2;
 /// A WAL of more frames has readers that always overlap: writers wait longer for them.
 const LIMIT: u32 = 8000;
-/// A WAL of so many frames has outrun the checkpoint that runs: writers wait for its end.
+/// A WAL of so many frames has outrun its checkpoint: writers wait for its end.
 const BRAKE: u32 = LIMIT + LIMIT / 4;
 /// How long readers are waited for in the turn, and past the limit from one try in vain to the next.
 const PATIENCE: [Duration; 5] = [
@@ -62,6 +61,7 @@ impl<'a> Job<'a> {
     pub fn new(work: &'a Work) -> Job<'a> {
         vfs::serve(work);
         let busy = Box::new(Waiting { work, patience: Cell::new(PATIENCE[0]) });
+        work.words().brake.store(BRAKE, SeqCst);
         Job { work, db: ptr::null_mut(), impatience: 0, not_before: 0, last: 0, busy }
     }
 
@@ -83,13 +83,10 @@ impl<'a> Job<'a> {
         if self.work.wal.borrow().is_none() || !self.work.begin() {
             return Outcome::Nothing;
         }
-        let brake = &self.work.words().brake;
-        // Unless readers stay in the way: no wait of a writer's would help.
-        brake.store(if self.not_before == 0 { BRAKE } else { 0 }, SeqCst);
         let copied = self.copy();
         self.work.end();
-        brake.store(0, SeqCst);
-        futex::wake_all(brake);
+        // Unless readers stay in the way: no wait of a writer's would help.
+        self.work.words().brake.store(if self.not_before == 0 { BRAKE } else { 0 }, SeqCst);
         let (frames, backfilled) = self.work.index().progress();
         if let Some(reason) = self.work.sync_failed.take() {
             return Outcome::SyncFailed(reason);

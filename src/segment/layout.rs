@@ -171,14 +171,14 @@ pub struct CheckpointWords {
     /// broker gone. A crash of the checkpointer leaves it: the broker starts another one or clears it.
     pub duty: AtomicU32,
     /// Non-zero: the broker has been told that the WAL has grown and has not answered yet. Set by the member that
-    /// tells, cleared by the checkpointer when it begins and by the broker when it was in vain. A crash between the two leaves it set: members
-    /// then checkpoint by themselves once the WAL is long.
+    /// tells, cleared by the broker when the checkpoint is over; a futex. A member that dies between the two leaves it
+    /// set: the others tell again as the WAL grows on.
     pub asked: AtomicU32,
     /// Inode of the WAL that the checkpointer has open, 0 for none. Written by the checkpointer, before it closes
     /// that file: so it names no other file meanwhile.
     pub wal_inode: AtomicU64,
-    /// Non-zero while a checkpoint runs: at so many frames writers wait for its end before they begin. Written by the
-    /// checkpointer; a futex. A crash leaves it: the broker clears it, and nobody waits long.
+    /// With so many frames in the WAL and `asked` set, writers wait before they begin; 0: they never do. Written by the
+    /// checkpointer. A crash leaves it: the broker clears it, and nobody waits long.
     pub brake: AtomicU32,
 }
 

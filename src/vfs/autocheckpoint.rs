@@ -18,11 +18,12 @@ use crate::client::member::Member;
 use crate::planted::planted;
 use crate::segment::atomic::SeqCst;
 use crate::segment::futex;
+use crate::segment::layout::CheckpointWords;
 use libsqlite3_sys as ffi;
 use std::ffi::{CStr, c_int};
 use std::ptr;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering::Relaxed};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// `SQLITE_DEFAULT_WAL_AUTOCHECKPOINT`. An application that wants fewer frames than this wants its database file
 /// closer behind its commits than the broker keeps it: its setting stays as it is.
@@ -197,16 +198,31 @@ impl MainFile {
         automatic == Some(BROKERS) || statement::current_run(&self.library.api, self.db()).is_some()
     }
 
-    /// A write transaction begins: a WAL that has outrun a running checkpoint is not appended to before that ends.
+    /// A write transaction begins: a WAL that has outrun its checkpoint is not appended to before that ends.
     /// A wait that never fails.
     #[inline]
     pub fn wait_for_checkpoint(&self) {
         let words = self.gated().and_then(|m| m.shared()).and_then(|s| s.checkpoint());
         if let (Some(words), Some(index)) = (words, self.wal_index) {
             let brake = words.brake.load(SeqCst);
-            let outrun = || index.progress().0 >= brake && words.duty.load(SeqCst) != 0;
-            if brake != 0 && outrun() && !planted("writers-outrun") {
-                futex::wait(&words.brake, brake, LONGEST_HOLD);
+            let asked = || words.asked.load(SeqCst) != 0 && words.duty.load(SeqCst) != 0;
+            if brake != 0 && index.progress().0 >= brake && asked() {
+                self.held(words);
+            }
+        }
+    }
+
+    #[cold]
+    fn held(&self, words: &CheckpointWords) {
+        let begun = Instant::now();
+        if !planted("writers-outrun") {
+            futex::wait(&words.asked, 1, LONGEST_HOLD);
+        }
+        // In vain: is there still a broker that will answer?
+        if begun.elapsed() >= LONGEST_HOLD && self.gated().is_some_and(|m| m.session().is_lost()) {
+            words.duty.store(0, SeqCst);
+            if let Some(note) = self.known_note() {
+                note.automatic.look_again();
             }
         }
     }
