@@ -37,6 +37,7 @@ struct turnstile_api {
   const char *(*filename_wal)(const char *);
   int (*txn_state)(sqlite3 *, const char *);
   int (*column_count)(sqlite3_stmt *);
+  int (*wal_autocheckpoint)(sqlite3 *, int); /* NULL in a library without WAL */
   int (*is_interrupted)(sqlite3 *); /* 3.41; else NULL */
   const char *(*db_name)(sqlite3 *, int); /* 3.39; else NULL */
 };
@@ -72,6 +73,7 @@ int turnstile_api_read(const sqlite3_api_routines *p, int least, struct turnstil
   out->txn_state = p->txn_state;
   out->column_count = p->column_count;
   out->db_name = version>=3039000 ? p->db_name : NULL;
+  out->wal_autocheckpoint = p->wal_autocheckpoint;
   out->is_interrupted = version>=3041000 ? p->is_interrupted : NULL;
   return version;
 }

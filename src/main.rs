@@ -1,5 +1,6 @@
 //! The `turnstile` program.
 
+mod checkpointer;
 mod cli;
 
 use clap::{Parser, Subcommand};
@@ -27,6 +28,9 @@ enum Command {
     Demo(cli::demo::DemoArgs),
     /// Measure plain SQLite against turnstile on this machine.
     Bench(cli::bench::BenchArgs),
+    /// What the broker starts for itself.
+    #[command(hide = true)]
+    Checkpointer,
     #[command(hide = true)]
     DemoWorker(cli::demo::worker::WorkerArgs),
     #[command(hide = true)]
@@ -40,6 +44,7 @@ fn main() -> ExitCode {
         Command::Status(args) => cli::status::run(args),
         Command::Demo(args) => cli::demo::run(args),
         Command::Bench(args) => cli::bench::run(args),
+        Command::Checkpointer => checkpointer::run(),
         Command::DemoWorker(args) => cli::demo::worker::run(args),
         Command::BenchWorker(args) => cli::bench::worker::run(args),
     }

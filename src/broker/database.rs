@@ -1,5 +1,6 @@
 //! One database: its identity, its mode, its seats, its locks, its segment.
 
+use super::checkpoints::Checkpoints;
 use super::parking::Own;
 use super::waits::Watch;
 use crate::lock::SeatId;
@@ -7,7 +8,9 @@ use crate::lock::queue::{Lane, Queue};
 use crate::lock::table::Table;
 use crate::lock::turn::Turn;
 use crate::segment::gate::Gate;
-use crate::segment::layout::{CONTROL_SIZE, MAX_REGIONS, MAX_SEATS, REGION_SIZE, WAL_INDEX_SIZE};
+use crate::segment::layout::{
+    CHECKPOINTER, CONTROL_SIZE, CheckpointWords, MAX_REGIONS, REGION_SIZE, WAL_INDEX_SIZE,
+};
 use crate::segment::mapping::ControlMap;
 use crate::segment::memfd;
 use crate::segment::wal_index::WalIndex;
@@ -131,6 +134,7 @@ pub struct Database {
     pub queue: Queue,
     pub seats: BTreeMap<SeatId, Seat>,
     pub watch: Watch,
+    pub checkpoints: Checkpoints,
     /// Waits that were ended because they closed a cycle, for `status`.
     pub deadlocks: u64,
     /// Turns taken back because their seat did not use them, likewise.
@@ -161,6 +165,14 @@ impl Database {
         Lane { queue: &mut self.queue, table: table(&self.state), parking: &Own }
     }
 
+    /// What is said of checkpoints in the segment; `None` in guest mode.
+    pub fn checkpoint_words(&self) -> Option<&CheckpointWords> {
+        match &self.state {
+            State::Gated { segment, .. } => segment.control.control().map(|c| &c.checkpoint.0),
+            State::Guest { .. } => None,
+        }
+    }
+
     pub fn is_guest(&self) -> bool {
         matches!(self.state, State::Guest { .. })
     }
@@ -170,7 +182,7 @@ impl Database {
         let taken = self.seats.keys().copied();
         let free = taken.zip(1..).find(|(taken, expected)| taken != expected).map(|(_, free)| free);
         let seat = free.unwrap_or(self.seats.len() as SeatId + 1);
-        (seat as usize <= MAX_SEATS).then_some(seat)
+        (seat < CHECKPOINTER).then_some(seat)
     }
 
     /// The seat's connection is closed, its process keeps it for the next one.
@@ -203,6 +215,6 @@ impl Database {
         let holds = self.seats.keys().any(|s| {
             t.slots_shared(*s) != 0 || t.owned_slots(*s) != 0 || (t.file_shared(*s) && !t.wal_open(*s))
         });
-        !writers && !holds
+        !writers && !holds && !self.checkpoints.is_running()
     }
 }

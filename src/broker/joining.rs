@@ -156,10 +156,12 @@ impl Server {
             queue: Default::default(),
             seats: Default::default(),
             watch: Default::default(),
+            checkpoints: Default::default(),
             deadlocks: 0,
             turns_revoked: 0,
         };
         self.databases.insert(number, db);
+        self.offer_checkpoints(number);
         number
     }
 
@@ -195,7 +197,7 @@ impl Server {
         }
         let Some(db) = self.databases.get_mut(&number) else { return Ok(()) };
         let Some(seat) = db.free_seat() else {
-            let reason = format!("all {} seats are taken", crate::segment::layout::MAX_SEATS);
+            let reason = format!("all {} seats are taken", crate::segment::layout::CHECKPOINTER - 1);
             return Err((Refusal::Exhausted, reason));
         };
         let Some(session) = self.sessions.get_mut(&p.session) else { return Ok(()) };
@@ -273,14 +275,16 @@ impl Server {
     }
 
     /// Nobody is left, or only seats that rest: closed means closed.
-    fn drop_if_unused(&mut self, number: u32) {
+    pub(super) fn drop_if_unused(&mut self, number: u32) {
         let resting = self.databases.get(&number).filter(|_| !planted("the-resting-count"));
         for seat in resting.map(|db| db.close_all_resting()).unwrap_or_default() {
             self.clear_seat(SeatKey { database: number, seat });
         }
-        if !self.databases.get(&number).is_some_and(|d| d.seats.is_empty()) {
+        // The checkpointer may be at work: this comes again when it is done.
+        if !self.databases.get(&number).is_some_and(|d| d.seats.is_empty() && !d.checkpoints.is_running()) {
             return;
         }
+        self.end_checkpoints(number);
         if let Some(db) = self.databases.remove(&number) {
             tracing::info!(database = number, "closed: its last member left");
             if let State::Gated { gate, segment } = db.state {

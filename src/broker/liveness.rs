@@ -51,6 +51,14 @@ pub fn pidfd_of_owner(pid: i32, liveness: impl AsFd) -> Option<OwnedFd> {
     (liveness_owner(liveness) == Some(pid)).then_some(pidfd)
 }
 
+/// `pidfd_open` of a child of ours that has not been waited for: its number is its own.
+pub fn pidfd_of_child(pid: i32) -> Option<OwnedFd> {
+    // SAFETY: no memory is passed.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    // SAFETY: on success a new descriptor that belongs to us.
+    (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
 /// The pid that holds the liveness byte; `None`: it is free.
 pub fn liveness_owner(memfd: impl AsFd) -> Option<i32> {
     // SAFETY: libc::flock is plain data for which all-zero is valid.

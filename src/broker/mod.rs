@@ -3,11 +3,12 @@
 //! * [`listen`]: the socket. [`session`]: a client process. [`liveness`]: is it alive.
 //! * [`join`]: judging descriptors. [`filesystem`]: where they are. [`joining`]: gate or guest mode.
 //! * [`database`]: one database's seats, locks and segment. [`requests`]: messages become lock requests.
-//! * [`waits`]: waits that would never end. [`report`]: `status`. [`stop`]: the end. [`server`]: the loop that drives it
+//! * [`checkpoints`]: the checkpointer, a process of its own. [`waits`]: waits that would never end. [`report`]: `status`. [`stop`]: the end. [`server`]: the loop that drives it
 //!   all.
 //!
 //! One thread, no SQL. Everything that a client sent is checked before it is used.
 
+pub mod checkpoints;
 pub mod database;
 pub mod filesystem;
 pub mod join;

@@ -5,6 +5,7 @@ use super::server::Server;
 use crate::lock::seat::WaitsFor;
 use crate::segment::atomic::SeqCst;
 use crate::segment::futex;
+use crate::segment::layout::CHECKPOINTER;
 use crate::wire::MAX_PACKET;
 use crate::wire::message::{FromBroker, Role};
 use serde::Serialize;
@@ -23,6 +24,8 @@ struct BrokerReport {
     socket: String,
     uptime_seconds: u64,
     sessions: usize,
+    /// The process that checkpoints, once there is something to checkpoint.
+    checkpointer: Option<u32>,
 }
 
 #[derive(Serialize)]
@@ -37,12 +40,23 @@ struct DatabaseReport {
     resting: Vec<MemberReport>,
     turn: Option<TurnReport>,
     line: Vec<WaitReport>,
+    checkpoints: CheckpointReport,
     turns_revoked: u64,
     deadlocks: u64,
     /// How often the line for the turn was found standing still: never, if turnstile has no bug.
     lines_stuck: u32,
     /// How often the first in the line did not come for its turn and was put behind the others.
     passed_over: u32,
+}
+
+#[derive(Serialize)]
+struct CheckpointReport {
+    /// "broker", or "members" where the broker cannot.
+    by: &'static str,
+    reason: Option<String>,
+    /// Checkpoints of the broker's that have copied something.
+    done: u64,
+    running: bool,
 }
 
 #[derive(Serialize)]
@@ -94,6 +108,7 @@ impl Server {
                 socket: self.options.socket.display().to_string(),
                 uptime_seconds: self.started.elapsed().as_secs(),
                 sessions: self.sessions.len(),
+                checkpointer: self.checkpointer.pid(),
             },
             databases: self.databases.values().filter(visible).map(|d| self.describe(d)).collect(),
         };
@@ -107,6 +122,9 @@ impl Server {
 
     fn describe(&self, db: &Database) -> DatabaseReport {
         let who = |seat: u32| {
+            if seat == CHECKPOINTER {
+                return (self.checkpointer.pid().unwrap_or(0) as i32, "turnstile checkpointer".to_owned());
+            }
             let session = db.seats.get(&seat).and_then(|s| self.sessions.get(&s.session));
             session.map(|s| (s.pid(), s.who.program.clone())).unwrap_or_default()
         };
@@ -114,7 +132,8 @@ impl Server {
             State::Gated { .. } => ("gated", None),
             State::Guest { reason, .. } => ("guest", Some(reason.clone())),
         };
-        let holder = db.turn().load().holder().filter(|seat| db.seats.contains_key(seat));
+        let holder =
+            db.turn().load().holder().filter(|seat| *seat == CHECKPOINTER || db.seats.contains_key(seat));
         let mut waiting: Vec<(u64, u32, WaitsFor)> = db
             .seats
             .keys()
@@ -150,6 +169,12 @@ impl Server {
                     WaitReport { seat, pid, program, waits_for: what.describe().into(), waited_ms }
                 })
                 .collect(),
+            checkpoints: CheckpointReport {
+                by: if db.checkpoints_by_members().is_none() { "broker" } else { "members" },
+                reason: db.checkpoints_by_members().map(str::to_owned),
+                done: db.checkpoints.done,
+                running: db.checkpoints.is_running(),
+            },
             turns_revoked: db.turns_revoked,
             deadlocks: db.deadlocks,
             lines_stuck: counters[0].load(SeqCst),

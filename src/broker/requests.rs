@@ -36,6 +36,11 @@ impl Server {
                 self.join(id, request, join, packet.fds);
                 Ok(())
             }
+            (Stage::Open, ToBroker::WalFile { seat }) => {
+                self.own(id, seat)?;
+                self.wal_file(id, seat, packet.fds);
+                Ok(())
+            }
             (Stage::Open, request @ (ToBroker::Lock { .. } | ToBroker::Cancel { .. })) => {
                 self.requests.push((id, request));
                 Ok(())
@@ -117,6 +122,11 @@ impl Server {
                 self.look_for_cycle(seat, Instant::now());
                 Ok(())
             }
+            ToBroker::WalGrew { seat } => {
+                self.own(id, seat)?;
+                self.wal_grew(seat.database);
+                Ok(())
+            }
             // What it is about is looked at in each turn of the loop.
             ToBroker::Kick { .. } => Ok(()),
             ToBroker::AskBlocker { id: request, seat } => {
@@ -160,7 +170,9 @@ impl Server {
                 tracing::warn!(client, "{text}");
                 Ok(())
             }
-            ToBroker::Introduce(_) | ToBroker::Join { .. } => Err("a message out of order".into()),
+            ToBroker::Introduce(_) | ToBroker::Join { .. } | ToBroker::WalFile { .. } => {
+                Err("a message out of order".into())
+            }
         }
     }
 

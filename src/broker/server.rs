@@ -1,5 +1,6 @@
 //! The broker's loop: sockets, pidfds, signals and time, one thread.
 
+use super::checkpoints::Checkpointer;
 use super::database::{Database, State};
 use super::joining::Forming;
 use super::listen::{ListenError, Listener};
@@ -26,6 +27,8 @@ const GREETING_LIMIT: Duration = Duration::from_secs(10);
 
 const LISTENER: u64 = 0;
 const SIGNALS: u64 = 1;
+pub(super) const CHECKPOINTER_SOCKET: u64 = 2;
+pub(super) const CHECKPOINTER_PIDFD: u64 = 3;
 /// Epoll keys of a session: its socket's is `4 * id`, its pidfd's one more.
 const KEYS: u64 = 4;
 
@@ -38,6 +41,8 @@ pub struct Options {
     pub idle_exit: Option<Duration>,
     /// Take databases on filesystems that are refused otherwise, from anyone.
     pub allow_unsafe: bool,
+    /// The program that checkpoints, run with `checkpointer` as its argument. `None`: members do it themselves.
+    pub checkpointer: Option<PathBuf>,
     /// Written one byte and closed once the socket listens.
     pub ready: Option<i32>,
 }
@@ -66,6 +71,7 @@ pub struct Server {
     /// Lock requests and cancellations that have been read and not yet looked at.
     pub(super) requests: Vec<(u64, ToBroker)>,
     pub(super) cycles: Vec<Cycle>,
+    pub(super) checkpointer: Checkpointer,
     pub(super) next_session: u64,
     pub(super) next_database: u32,
     pub(super) started: Instant,
@@ -104,6 +110,7 @@ pub fn serve(options: Options) -> Result<(), ServeError> {
         forming: Vec::new(),
         requests: Vec::new(),
         cycles: Vec::new(),
+        checkpointer: Checkpointer::default(),
         next_session: 1,
         next_database: 1,
         started: now,
@@ -160,6 +167,8 @@ impl Server {
             match event.data() {
                 LISTENER => self.accept(),
                 SIGNALS => self.signalled(signals),
+                CHECKPOINTER_SOCKET => self.checkpointer_event(event.events()),
+                CHECKPOINTER_PIDFD => self.checkpointer_died(),
                 key if key % KEYS == 0 => self.socket_event(key / KEYS, event.events()),
                 key => self.session_died(key / KEYS, "its process ended"),
             }
@@ -177,7 +186,8 @@ impl Server {
             at(first.next_try);
         }
         let anybody_silent = self.sessions.values().any(|s| s.stage == Stage::Silent);
-        if anybody_waits || anybody_silent || self.deaf || self.stopping.is_some() {
+        let paused = self.databases.values().any(|d| d.checkpoints.is_paused());
+        if anybody_waits || anybody_silent || paused || self.deaf || self.stopping.is_some() {
             at(self.last_tick + TICK);
         } else {
             at(self.last_tick + Duration::from_secs(1));
@@ -350,6 +360,7 @@ impl Server {
         for id in let_go {
             self.session_died(id, "it closed everything");
         }
+        self.databases.values_mut().for_each(Database::resume_checkpoints);
         for db in self.databases.values() {
             if let State::Gated { gate, segment } = &db.state
                 && !gate.stands()

@@ -23,6 +23,9 @@ pub struct ServeArgs {
     /// one file. Two mounts of one directory will lose rows.
     #[arg(long)]
     allow_unsafe_filesystems: bool,
+    /// Leave checkpoints to the programs, as SQLite does.
+    #[arg(long)]
+    no_checkpointer: bool,
     /// Write one byte to this descriptor once the socket listens.
     #[arg(long, value_name = "FD", hide = true)]
     ready_fd: Option<i32>,
@@ -59,6 +62,7 @@ pub fn run(args: ServeArgs) -> ExitCode {
         everyone: args.everyone.unwrap_or(root),
         idle_exit: args.idle_exit,
         allow_unsafe: args.allow_unsafe_filesystems,
+        checkpointer: (!args.no_checkpointer).then(|| PathBuf::from("/proc/self/exe")),
         ready: args.ready_fd,
     };
     match serve(options) {

@@ -99,6 +99,9 @@ fn render(report: &Value) -> String {
                 t["held_ms"]
             ),
         };
+        if let Some(reason) = db["checkpoints"]["reason"].as_str().filter(|_| db["mode"] == "gated") {
+            let _ = write!(out, "\n  checkpoints: by the members ({reason})");
+        }
         for (place, w) in db["line"].as_array().into_iter().flatten().enumerate() {
             let _ = write!(
                 out,

@@ -95,57 +95,62 @@ impl FastLane {
 
     /// The request, waiting until it is granted, refused, or `give_up` says so, which is asked every few
     /// milliseconds. `tell`: the wait is a long one.
-    pub fn wait(&self, seat: &Seat, ask: Ask, mut give_up: impl FnMut() -> bool, tell: impl Fn()) -> Outcome {
-        let begun = Instant::now();
-        let mut for_turn = match seat.attempt(ask) {
-            Attempt::Done(verdict) => return Outcome::at_once(verdict),
-            Attempt::Wait { for_turn } => for_turn,
-        };
-        if for_turn
-            && self.own.hurries.get()
-            && let Some(verdict) = hurry(seat, ask)
-        {
-            return Outcome::at_once(verdict);
+    pub fn wait(&self, seat: &Seat, ask: Ask, give_up: impl FnMut() -> bool, tell: impl Fn()) -> Outcome {
+        wait(seat, ask, give_up, tell)
+    }
+}
+
+/// See [`FastLane::wait`].
+pub fn wait(seat: &Seat, ask: Ask, mut give_up: impl FnMut() -> bool, tell: impl Fn()) -> Outcome {
+    let begun = Instant::now();
+    let mut for_turn = match seat.attempt(ask) {
+        Attempt::Done(verdict) => return Outcome::at_once(verdict),
+        Attempt::Wait { for_turn } => for_turn,
+    };
+    if for_turn
+        && seat.own.hurries.get()
+        && let Some(verdict) = hurry(seat, ask)
+    {
+        return Outcome::at_once(verdict);
+    }
+    let (mut told, mut awake) = (false, false);
+    let ended = |verdict, deadlock, gave_up| Outcome { verdict, deadlock, gave_up, blocker: None };
+    let mut next_look = begun + SLICE;
+    loop {
+        seat.begin_wait(ask.request, for_turn);
+        if std::mem::take(&mut awake) && for_turn {
+            come(seat);
         }
-        let (mut told, mut awake) = (false, false);
-        let ended = |verdict, deadlock, gave_up| Outcome { verdict, deadlock, gave_up, blocker: None };
-        let mut next_look = begun + SLICE;
-        loop {
-            seat.begin_wait(ask.request, for_turn);
-            if std::mem::take(&mut awake) && for_turn {
-                come(seat);
+        seat.mark(PARKED);
+        match seat.attempt(ask) {
+            Attempt::Done(verdict) => {
+                seat.end_wait();
+                return ended(verdict, false, false);
             }
-            seat.mark(PARKED);
-            match seat.attempt(ask) {
-                Attempt::Done(verdict) => {
-                    seat.end_wait();
-                    return ended(verdict, false, false);
-                }
-                Attempt::Wait { for_turn: now } if now != for_turn => {
-                    for_turn = now;
-                    seat.mark(RUNNING);
-                    continue;
-                }
-                Attempt::Wait { .. } => {}
+            Attempt::Wait { for_turn: now } if now != for_turn => {
+                for_turn = now;
+                seat.mark(RUNNING);
+                continue;
             }
-            let Some(words) = seat.table.seat(seat.id) else { return ended(Verdict::Busy, false, false) };
-            let now = Instant::now();
-            let next = if told { next_look } else { next_look.min(begun + TELL_AFTER) };
-            seat.parking.park(words, PARKED, next.saturating_duration_since(now));
-            awake = words.park.swap(RUNNING, SeqCst) == NOTIFIED;
-            let now = Instant::now();
-            if !told && now >= begun + TELL_AFTER {
-                told = true;
-                tell();
-            }
-            if words.ended.swap(0, SeqCst) != 0 {
-                return ended(seat.give_up(ask), true, true);
-            }
-            if now >= next_look {
-                next_look = now + SLICE;
-                if give_up() {
-                    return ended(seat.give_up(ask), false, true);
-                }
+            Attempt::Wait { .. } => {}
+        }
+        let Some(words) = seat.table.seat(seat.id) else { return ended(Verdict::Busy, false, false) };
+        let now = Instant::now();
+        let next = if told { next_look } else { next_look.min(begun + TELL_AFTER) };
+        seat.parking.park(words, PARKED, next.saturating_duration_since(now));
+        awake = words.park.swap(RUNNING, SeqCst) == NOTIFIED;
+        let now = Instant::now();
+        if !told && now >= begun + TELL_AFTER {
+            told = true;
+            tell();
+        }
+        if words.ended.swap(0, SeqCst) != 0 {
+            return ended(seat.give_up(ask), true, true);
+        }
+        if now >= next_look {
+            next_look = now + SLICE;
+            if give_up() {
+                return ended(seat.give_up(ask), false, true);
             }
         }
     }

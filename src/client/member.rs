@@ -11,10 +11,11 @@ use crate::lock::rules::Attempt;
 use crate::lock::seat::{Seat, begins_transaction};
 use crate::lock::{Ask, Release, Verdict};
 use crate::planted::planted;
-use crate::segment::atomic::Relaxed;
+use crate::segment::atomic::{Relaxed, SeqCst};
 use crate::segment::wal_index::WalIndex;
 use crate::wire::message::{Blocker, ConnectionKey, FromBroker, Joined, Mode, Role, SeatKey, ToBroker};
 use std::cell::Cell;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -291,6 +292,19 @@ impl Member {
             // Guest mode: closing it would drop the POSIX locks of this process's connections at any time.
             None => std::mem::forget(fd),
         }
+    }
+
+    /// The seat has opened the WAL behind `fd`: the broker's checkpointer is given it, unless it has it.
+    pub fn wal_opened(&self, fd: BorrowedFd, inode: u64) {
+        let words = self.shared.as_ref().and_then(|s| s.checkpoint());
+        if words.is_some_and(|w| w.duty.load(SeqCst) != 0 && w.wal_inode.load(SeqCst) != inode) {
+            let _ = self.session().send(&ToBroker::WalFile { seat: self.joined.seat }, &[fd.as_raw_fd()]);
+        }
+    }
+
+    /// The WAL is due for a checkpoint.
+    pub fn wal_grew(&self) -> Result<(), Lost> {
+        self.session().send(&ToBroker::WalGrew { seat: self.joined.seat }, &[])
     }
 
     /// Tells the broker's log what may not be printed in the host's output.

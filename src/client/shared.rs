@@ -11,7 +11,7 @@ use crate::segment::atomic::AtomicU32;
 use crate::segment::futex;
 use crate::segment::gate;
 use crate::segment::hold;
-use crate::segment::layout::{MAX_REGIONS, REGION_SIZE, WAL_INDEX_SIZE};
+use crate::segment::layout::{CheckpointWords, MAX_REGIONS, REGION_SIZE, WAL_INDEX_SIZE};
 use crate::segment::mapping::ControlMap;
 use crate::segment::memfd;
 use crate::wire::message::Role;
@@ -117,6 +117,15 @@ impl Shared {
     pub fn table(&self) -> Option<Table<'_>> {
         match self.role {
             Role::ReadWrite => self.control.control().map(Table::of),
+            Role::ReadOnly => None,
+        }
+    }
+
+    /// What is said of checkpoints, where this process may say it.
+    #[inline]
+    pub fn checkpoint(&self) -> Option<&CheckpointWords> {
+        match self.role {
+            Role::ReadWrite => self.control.control().map(|c| &c.checkpoint.0),
             Role::ReadOnly => None,
         }
     }

@@ -116,7 +116,8 @@ pub enum Request {
     File { level: FileLevel, hot_journal: bool },
     /// `xShmLock(.., SHARED)`.
     ShmShared(Slots),
-    /// `xShmLock(.., EXCLUSIVE)`. `blocking`: SQLite announced a wait (`SQLITE_FCNTL_LOCK_TIMEOUT`).
+    /// `xShmLock(.., EXCLUSIVE)`. `blocking`: SQLite announced a wait (`SQLITE_FCNTL_LOCK_TIMEOUT`); for the
+    /// checkpoint slot, the application asked for this checkpoint and waits for the broker's.
     ShmExclusive { slots: Slots, blocking: bool },
     /// Only the turn: guest mode, where the locks themselves are the unix VFS's.
     Turn,

@@ -7,7 +7,7 @@ use super::seat::Seat;
 use super::{Ask, FileLevel, Request, SeatId, Slots, Verdict, slot};
 use crate::planted::planted;
 use crate::segment::atomic::SeqCst;
-use crate::segment::layout::{PROBATION_OPEN, PROBATION_OVER};
+use crate::segment::layout::{CHECKPOINTER, PROBATION_OPEN, PROBATION_OVER};
 
 /// What one attempt at a request comes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -164,6 +164,10 @@ impl Seat<'_> {
         if t.reserved() == Some(self.id) || hot_journal || planted("exclusive-mode-waits") {
             return WAIT;
         }
+        // The checkpointer alone: it sees PENDING and lets go.
+        if t.read_by_checkpointer_alone(self.id) && !planted("checkpointer-is-anyone") {
+            return WAIT;
+        }
         // Last close, leaving WAL mode, locking_mode=EXCLUSIVE: a question, not a wait.
         self.give_pending_back()
     }
@@ -191,6 +195,11 @@ impl Seat<'_> {
         if !slots.is_write() {
             if self.table.try_slots_exclusive(self.id, mask) {
                 return self.granted(false);
+            }
+            // An application's own checkpoint would be BUSY at once, beside one that ends by itself.
+            let broker = self.table.slot_owner(slot::CHECKPOINT) == Some(CHECKPOINTER);
+            if slots.is_checkpoint() && blocking && broker && !planted("checkpoint-beside-brokers") {
+                return WAIT;
             }
             // Somebody may have found RECOVER taken in that moment, and waits for the end of that recovery.
             if mask & 1 << slot::RECOVER != 0 && !planted("recovery-not-called-off") {

@@ -8,7 +8,7 @@ use super::turn::{Streak, Turn};
 use super::{Ask, FileLevel, Release, Request, SeatId, Verdict, slot};
 use crate::planted::planted;
 use crate::segment::atomic::{Relaxed, SeqCst};
-use crate::segment::layout::{PARKED, PROBATION_OPEN, PROBATION_OVER, RUNNING};
+use crate::segment::layout::{CHECKPOINTER, PARKED, PROBATION_OPEN, PROBATION_OVER, RUNNING};
 use std::cell::Cell;
 
 /// How long, in microseconds, a seat may go on taking the turn while the next one is on its way.
@@ -262,7 +262,8 @@ impl<'a> Seat<'a> {
                     self.own.comes_with.set(0);
                     self.end_turn();
                 }
-                if mask & (1 << slot::WRITE | 1 << slot::RECOVER) != 0 {
+                let checkpoint = mask & 1 << slot::CHECKPOINT != 0 && self.id == CHECKPOINTER;
+                if mask & (1 << slot::WRITE | 1 << slot::RECOVER) != 0 || checkpoint {
                     self.wake_sleepers();
                 }
             }

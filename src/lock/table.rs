@@ -12,7 +12,7 @@ use super::hints::Hints;
 use super::{SeatId, slot};
 use crate::planted::planted;
 use crate::segment::atomic::{AtomicU32, AtomicU64, SeqCst};
-use crate::segment::layout::{Bitmaps, Control, FILE_SHARED, LockWords, SeatWords, WAL_OPEN};
+use crate::segment::layout::{Bitmaps, CHECKPOINTER, Control, FILE_SHARED, LockWords, SeatWords, WAL_OPEN};
 
 /// A bitmap with a bit a seat.
 #[derive(Clone, Copy, Debug)]
@@ -228,6 +228,12 @@ impl<'a> Table<'a> {
     /// Another seat holds SHARED.
     pub fn read_by_others(&self, seat: SeatId) -> bool {
         self.held_by_others(self.file_hints, seat, FILE_SHARED, |s| &s.file)
+    }
+
+    /// Of the other seats that hold SHARED, which are some, the broker's checkpointer is the only one.
+    pub fn read_by_checkpointer_alone(&self, seat: SeatId) -> bool {
+        let others = || self.file_hints.iter().filter(|s| *s != seat && *s != CHECKPOINTER);
+        !others().any(|s| self.file_shared(s))
     }
 
     /// Seats other than `seat` that hold SHARED. For reports, not for a decision.

@@ -98,6 +98,11 @@ pub fn close(database: OwnedFd, shm: Option<OwnedFd>) -> Result<Gate, (GateError
 
 impl Gate {
     /// What holds the gate, to be passed on to members.
+    /// The database's descriptor that carries the lock.
+    pub fn database(&self) -> &OwnedFd {
+        &self.database
+    }
+
     pub fn hold(&self) -> &Hold {
         &self.hold
     }

@@ -25,6 +25,8 @@ pub const MAX_SEATS: usize = 1024;
 /// As few as fill a word: a model makes them anew for every run.
 #[cfg(feature = "loom")]
 pub const MAX_SEATS: usize = 64;
+/// The seat of the broker's checkpointer, which no connection gets.
+pub const CHECKPOINTER: u32 = MAX_SEATS as u32;
 /// Words of a bitmap with a bit a seat.
 pub const BITMAP_WORDS: usize = MAX_SEATS / 64;
 /// Entries of [`Control::learned`].
@@ -244,6 +246,25 @@ pub struct SeatWords {
     pub reserved2: [u64; 4],
 }
 
+/// What members and the broker's checkpointer tell each other.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub struct CheckpointWords {
+    /// Non-zero: the broker checkpoints this database. Written by the broker; set to 0 by a member that finds the
+    /// broker gone. A crash of the checkpointer leaves it: the broker starts another one or clears it.
+    pub duty: AtomicU32,
+    /// Non-zero: the broker has been told that the WAL has grown and has not answered yet. Set by the member that
+    /// tells, cleared by the broker when the checkpoint is over; a futex. A member that dies between the two leaves it
+    /// set: the others tell again as the WAL grows on.
+    pub asked: AtomicU32,
+    /// Inode of the WAL that the checkpointer has open, 0 for none. Written by the checkpointer, before it closes
+    /// that file: so it names no other file meanwhile.
+    pub wal_inode: AtomicU64,
+    /// With so many frames in the WAL and `asked` set, writers wait before they begin; 0: they never do. Written by the
+    /// checkpointer. A crash leaves it: the broker clears it, and nobody waits long.
+    pub brake: AtomicU32,
+}
+
 /// [`SeatWords::turn_for`]: a transaction that was said to write.
 pub const FOR_TRANSACTION: u32 = 1;
 /// [`SeatWords::turn_for`]: a transaction like others that wrote.
@@ -278,7 +299,8 @@ pub struct Control {
     pub header: Header,
     pub locks: LockWords,
     pub bitmaps: Bitmaps,
-    pub reserved: [u8; 576],
+    pub reserved: [u8; 512],
+    pub checkpoint: Line<CheckpointWords>,
     /// What statements have shown of themselves; see `lock::learned`. Any value is harmless. Written by members.
     pub learned: [AtomicU64; LEARNED],
     pub commits: CommitWords,
@@ -330,6 +352,11 @@ const _: () = {
     assert!(size_of::<SeatWords>() == 128);
     assert!(offset_of!(Control, locks) == 64);
     assert!(offset_of!(Control, bitmaps) == 512);
+    assert!(offset_of!(CheckpointWords, duty) == 0);
+    assert!(offset_of!(CheckpointWords, asked) == 4);
+    assert!(offset_of!(CheckpointWords, wal_inode) == 8);
+    assert!(offset_of!(CheckpointWords, brake) == 16);
+    assert!(offset_of!(Control, checkpoint) == 2048 - 2 * 64);
     assert!(offset_of!(Control, learned) == 2048 - 64);
     assert!(offset_of!(IssuedWords, newest) == 0);
     assert!(offset_of!(IssuedWords, salts) == 8);

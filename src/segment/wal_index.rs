@@ -11,6 +11,12 @@ const WAL_INDEX_VERSION: u32 = 3_007_000;
 const HEADER_WORDS: usize = 12;
 /// Both copies and WalCkptInfo: 136 bytes (`WALINDEX_HDR_SIZE`).
 const ALL_WORDS: usize = 34;
+/// Word of `WalIndexHdr.mxFrame`.
+const MX_FRAME: usize = 4;
+/// Word of `WalIndexHdr.aSalt[0]`.
+const SALT: usize = 8;
+/// Word of `WalCkptInfo.nBackfill`.
+const BACKFILL: usize = 24;
 /// Word of `WalCkptInfo.aReadMark[0]`.
 const READ_MARKS: usize = 25;
 
@@ -21,7 +27,7 @@ pub struct Header([u32; HEADER_WORDS]);
 impl Header {
     /// `mxFrame`: the number of frames that are valid.
     pub fn frames(&self) -> u32 {
-        self.0[4]
+        self.0[MX_FRAME]
     }
 
     /// `szPage`, in bytes; 0: not known yet.
@@ -40,7 +46,7 @@ impl Header {
 
     /// `aSalt`: what tells one generation of the WAL from another. Its bytes are the WAL header's.
     pub fn salts(&self) -> [u8; 8] {
-        let ([a, b, c, d], [e, f, g, h]) = (self.0[8].to_ne_bytes(), self.0[9].to_ne_bytes());
+        let ([a, b, c, d], [e, f, g, h]) = (self.0[SALT].to_ne_bytes(), self.0[SALT + 1].to_ne_bytes());
         [a, b, c, d, e, f, g, h]
     }
 }
@@ -86,6 +92,11 @@ impl WalIndex {
         let sum = checksum(&h[..10]);
         (first == second && is_init != 0 && h[0] == WAL_INDEX_VERSION && sum == [h[10], h[11]])
             .then_some(first)
+    }
+
+    /// Frames of the WAL, and how many of them are in the database: each as it was when it was read.
+    pub fn progress(&self) -> (u32, u32) {
+        (self.word(MX_FRAME).load(Ordering::Relaxed), self.word(BACKFILL).load(Ordering::Relaxed))
     }
 
     /// `aReadMark[i]`.

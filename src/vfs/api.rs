@@ -43,6 +43,7 @@ pub struct Routines {
     pub filename_wal: unsafe extern "C" fn(*const c_char) -> *const c_char,
     pub txn_state: unsafe extern "C" fn(Db, *const c_char) -> c_int,
     pub column_count: unsafe extern "C" fn(Stmt) -> c_int,
+    pub wal_autocheckpoint: Option<unsafe extern "C" fn(Db, c_int) -> c_int>,
     pub is_interrupted: Option<unsafe extern "C" fn(Db) -> c_int>,
     pub db_name: Option<unsafe extern "C" fn(Db, c_int) -> *const c_char>,
 }

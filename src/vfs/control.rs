@@ -1,5 +1,6 @@
 //! `xFileControl`: what is ours is answered here, everything else goes to the unix VFS.
 
+use super::autocheckpoint;
 use super::main_file::{MainFile, Service};
 use super::methods::real;
 use super::statement::Connection;
@@ -18,7 +19,13 @@ const FCNTL_EXTERNAL_READER: c_int = 40;
 pub fn file_control(file: *mut ffi::sqlite3_file, w: &mut Wrapped, op: c_int, arg: *mut c_void) -> c_int {
     if let Kind::Main(main) = &mut w.kind {
         match op {
-            ffi::SQLITE_FCNTL_PDB => main.connection = Connection::Current(arg.cast()),
+            ffi::SQLITE_FCNTL_PDB => {
+                main.connection = Connection::Current(arg.cast());
+                // Another database of a connection may be one that the broker does not checkpoint.
+                if let Some(note) = main.note() {
+                    note.automatic.look_again();
+                }
+            }
             ffi::SQLITE_FCNTL_PRAGMA => {
                 // SAFETY: sqlite3.h: an array of at least three strings, the first for the answer.
                 let done = unsafe { pragma(main, arg.cast::<*mut c_char>()) };
@@ -68,6 +75,24 @@ pub fn file_control(file: *mut ffi::sqlite3_file, w: &mut Wrapped, op: c_int, ar
         return ffi::SQLITE_OK;
     }
     rc
+}
+
+/// What must be done before a pragma is looked at: it runs a statement of its own, which comes by here again, so that
+/// the file's state must not be borrowed meanwhile.
+///
+/// # Safety
+/// `args` is the array of `SQLITE_FCNTL_PRAGMA` that came with `file`, which is wrapped.
+pub unsafe fn before_pragma(file: *mut ffi::sqlite3_file, args: *mut *mut c_char) {
+    // SAFETY: by contract; the second is the pragma's name.
+    let (name, w) = unsafe { (CStr::from_ptr(*args.add(1)), Wrapped::of(file)) };
+    let Kind::Main(main) = &w.kind else { return };
+    if !name.to_bytes().eq_ignore_ascii_case(b"wal_autocheckpoint") || w.inherited() {
+        return;
+    }
+    let (library, db, note) = (main.library, main.db(), main.known_note().cloned());
+    if let Some(note) = note.filter(|_| !db.is_null()) {
+        autocheckpoint::asked_for(library, db, &note.automatic);
+    }
 }
 
 /// `PRAGMA turnstile_status`, and the timeout that `PRAGMA busy_timeout` passes by on its way to SQLite.

@@ -203,6 +203,12 @@ impl MainFile {
         self.note.1.as_deref()
     }
 
+    /// What has been known of the connection when it last mattered.
+    #[inline]
+    pub(super) fn known_note(&self) -> Option<&Arc<Note>> {
+        self.note.1.as_ref()
+    }
+
     /// It is its connection's main database.
     pub fn is_main(&self) -> bool {
         let (api, db) = (&self.library.api, self.db());

@@ -267,6 +267,13 @@ unsafe extern "C" fn check_reserved(file: File, out: *mut c_int) -> c_int {
 }
 
 unsafe extern "C" fn file_control(file: File, op: c_int, arg: *mut c_void) -> c_int {
+    if op == ffi::SQLITE_FCNTL_PRAGMA {
+        guarded(ffi::SQLITE_OK, || {
+            // SAFETY: sqlite3.h: with this operation the argument is an array of strings.
+            unsafe { control::before_pragma(file, arg.cast()) };
+            ffi::SQLITE_OK
+        });
+    }
     call(file, ffi::SQLITE_ERROR, |w| control::file_control(file, w, op, arg))
 }
 

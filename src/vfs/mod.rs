@@ -10,6 +10,7 @@
 mod adopt;
 mod ahead;
 mod api;
+mod autocheckpoint;
 mod control;
 mod durable;
 pub mod entry;

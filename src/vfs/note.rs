@@ -6,6 +6,7 @@
 //! note (the application has set a trace of its own, an adopted connection, a retry) the statements are walked.
 
 use super::api::Library;
+use super::autocheckpoint::{self, Automatic};
 use super::main_file::MainFile;
 use super::statement::Statement;
 use crate::client::fork::PerProcess;
@@ -38,6 +39,7 @@ pub struct Note {
     settling: AtomicPtr<MainFile>,
     /// The file where its turn was taken ahead and not used yet.
     ahead: AtomicPtr<MainFile>,
+    pub automatic: Automatic,
 }
 
 /// By the address of the connection; kept by its files and by its trace.
@@ -60,6 +62,7 @@ impl Note {
             rows: AtomicBool::new(false),
             settling: AtomicPtr::new(ptr::null_mut()),
             ahead: AtomicPtr::new(ptr::null_mut()),
+            automatic: Automatic::default(),
         });
         notes.insert(db as usize, Arc::downgrade(&note));
         note
@@ -139,6 +142,9 @@ unsafe extern "C" fn traced(
         // SAFETY: the context that `trace` gave, alive until the event below.
         let note = unsafe { &*context.cast_const().cast::<Note>() };
         if event == ffi::SQLITE_TRACE_STMT {
+            if note.automatic.is_due() {
+                autocheckpoint::look(note.library, note.db as *mut ffi::sqlite3, &note.automatic);
+            }
             let api = &note.library.api;
             // SAFETY: sqlite3.h: the subject is the statement that starts, `text` its text.
             let (reads, hash) = unsafe {
@@ -150,6 +156,9 @@ unsafe extern "C" fn traced(
                 )
             };
             // SAFETY: as above.
+            if !text.is_null() && attaches(unsafe { CStr::from_ptr(text.cast()) }.to_bytes()) {
+                note.automatic.look_again();
+            }
             let rows = unsafe { (api.column_count)(subject.cast()) } > 0;
             let settling = note.settling.load(Relaxed);
             if rows && !settling.is_null() {
@@ -168,4 +177,16 @@ unsafe extern "C" fn traced(
         }
     });
     0
+}
+
+/// The statement may be an ATTACH: through another VFS, which nobody else sees.
+fn attaches(text: &[u8]) -> bool {
+    let text = text.trim_ascii_start();
+    let word = b"attach";
+    match text.first() {
+        Some(b'a' | b'A') => text.get(..word.len()).is_some_and(|t| t.eq_ignore_ascii_case(word)),
+        // Behind a comment.
+        Some(b'-' | b'/') => text.windows(word.len()).any(|t| t.eq_ignore_ascii_case(word)),
+        _ => false,
+    }
 }

@@ -153,7 +153,7 @@ fn plain_request(main: &mut MainFile, request: Request, slots: Slots) -> Result<
 /// A checkpoint begins: in a turn of its own if that is to be had soon. While others append, it never comes to the
 /// WAL's end, the WAL is never begun anew, and from then on every commit ends with a checkpoint that syncs.
 fn acquire_checkpoint(main: &mut MainFile, slots: Slots) -> Result<c_int, Lost> {
-    let request = Request::ShmExclusive { slots, blocking: false };
+    let request = Request::ShmExclusive { slots, blocking: main.asked_for_checkpoint() };
     let ahead = main.reads_nothing() && !crate::planted::planted("checkpoint-beside-writers");
     let begun = Instant::now();
     let verdict = main.ask(Ask { request, ahead }, || begun.elapsed() >= CHECKPOINT_PATIENCE)?.verdict;
@@ -179,6 +179,9 @@ fn acquire_read(main: &mut MainFile, slots: Slots) -> Result<c_int, Lost> {
     }
     // walRestartLog takes a read slot inside a commit: no transaction begins.
     let ahead = !main.owns(slot::WRITE) && main.takes_turn_ahead();
+    if ahead && main.reads_nothing() {
+        main.wait_for_checkpoint();
+    }
     let read_slot = slots.mask().unwrap_or(0).trailing_zeros() as u8;
     let before = if ahead { main.snapshot_basis(read_slot) } else { None };
     let outcome = main.ask(Ask { request: Request::ShmShared(slots), ahead }, || false)?;
@@ -272,6 +275,9 @@ fn release(main: &mut MainFile, slots: Slots, shared: bool) -> Result<c_int, Los
     main.gated().ok_or(Lost)?.release(release)?;
     if ends {
         main.snapshot_ends();
+    }
+    if !shared && slots.is_write() {
+        main.wal_has_grown();
     }
     Ok(ffi::SQLITE_OK)
 }

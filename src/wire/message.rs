@@ -126,6 +126,14 @@ pub enum ToBroker {
         seat: SeatKey,
         count: u32,
     },
+    /// The seat has opened the WAL, whose descriptor follows. Not answered.
+    WalFile {
+        seat: SeatKey,
+    },
+    /// The WAL is due for a checkpoint. Not answered.
+    WalGrew {
+        seat: SeatKey,
+    },
 }
 
 /// A seat as the wire names it: the database's number at this broker and the seat's in it.

@@ -2,6 +2,7 @@
 //!
 //! `SOCK_SEQPACKET`: one packet is one message, postcard-encoded; descriptors ride along by `SCM_RIGHTS`.
 
+pub mod checkpoint;
 pub mod message;
 pub mod socket;
 

@@ -21,7 +21,7 @@ use turnstile::lock::turn::Turn;
 use turnstile::lock::{Ask, Release, SeatId, Verdict};
 use turnstile::planted::fails_without;
 use turnstile::segment::atomic::SeqCst;
-use turnstile::segment::layout::{ARRIVED, NAPPING, PARKED, RUNNING, SeatWords};
+use turnstile::segment::layout::{ARRIVED, CHECKPOINTER, NAPPING, PARKED, RUNNING, SeatWords};
 use turnstile::segment::mapping::ControlMap;
 
 /// Which seats of a table are brokered.
@@ -86,6 +86,11 @@ struct Fast {
 }
 
 const SEATS: usize = 100;
+
+/// Where a seat's is: that of the checkpointer, the last of all numbers, is at 0, which is nobody's.
+fn at(id: SeatId) -> usize {
+    if id == CHECKPOINTER { 0 } else { id as usize }
+}
 
 /// A database that has been looked at (no probation), its seats, and a clock that the test moves.
 pub struct Bench {
@@ -185,7 +190,7 @@ impl Bench {
         if self.is_brokered(id) {
             return self.lane(|lane| lane.with(id, body));
         }
-        let own = Rc::clone(&self.fast[id as usize].own.borrow());
+        let own = Rc::clone(&self.fast[at(id)].own.borrow());
         let (thread, connection) = asker(id);
         body(&Seat { table: self.table(), id, own: &own, parking: &self.member, thread, connection })
     }
@@ -201,8 +206,8 @@ impl Bench {
         match self.with(id, |seat| seat.attempt(ask)) {
             Attempt::Done(verdict) => Some(verdict),
             Attempt::Wait { for_turn } => {
-                self.fast[id as usize].asks.set(Some(ask));
-                self.fast[id as usize].for_turn.set(for_turn);
+                self.fast[at(id)].asks.set(Some(ask));
+                self.fast[at(id)].for_turn.set(for_turn);
                 self.look_again(id, ask)
             }
         }
@@ -210,7 +215,7 @@ impl Bench {
 
     /// A waiting fast seat: one round of the loop in which it waits. `None`: it is about to sleep.
     fn look_again(&self, id: SeatId, ask: Ask) -> Option<Verdict> {
-        let fast = &self.fast[id as usize];
+        let fast = &self.fast[at(id)];
         self.with(id, |seat| {
             loop {
                 seat.begin_wait(ask.request, fast.for_turn.get());
@@ -250,7 +255,7 @@ impl Bench {
 
     /// What the seat comes to that has been woken and looks again.
     pub fn run(&self, id: SeatId) -> Option<Verdict> {
-        let ask = self.fast[id as usize].asks.get().filter(|_| self.arrive(id))?;
+        let ask = self.fast[at(id)].asks.get().filter(|_| self.arrive(id))?;
         self.look_again(id, ask)
     }
 
@@ -292,7 +297,7 @@ impl Bench {
                 continue;
             }
             assert_eq!(self.words(id).park.load(SeqCst), PARKED, "nobody will wake seat {id}");
-            if let Some(ask) = self.fast[id as usize].asks.get() {
+            if let Some(ask) = self.fast[at(id)].asks.get() {
                 let attempt = self.with(id, |seat| seat.attempt(ask));
                 assert!(matches!(attempt, Attempt::Wait { .. }), "seat {id} sleeps beside what it waits for");
             }
@@ -302,7 +307,7 @@ impl Bench {
     }
 
     pub fn is_waiting(&self, id: SeatId) -> bool {
-        self.lane_at_once(|lane| lane.is_waiting(id)) || self.fast[id as usize].asks.get().is_some()
+        self.lane_at_once(|lane| lane.is_waiting(id)) || self.fast[at(id)].asks.get().is_some()
     }
 
     /// The seat's limit is reached.
@@ -310,7 +315,7 @@ impl Bench {
         if self.is_brokered(id) {
             return self.lane(|lane| lane.give_up(id));
         }
-        let ask = self.fast[id as usize].asks.take()?;
+        let ask = self.fast[at(id)].asks.take()?;
         Some(self.with(id, |seat| seat.give_up(ask)))
     }
 
@@ -334,8 +339,8 @@ impl Bench {
 
     /// The broker has learned that the seat is dead.
     pub fn remove(&self, id: SeatId) {
-        self.fast[id as usize].asks.take();
-        self.fast[id as usize].own.take();
+        self.fast[at(id)].asks.take();
+        self.fast[at(id)].own.take();
         self.lane(|lane| lane.remove(id));
     }
 }

@@ -1,5 +1,6 @@
 //! The rules that came with the shared words: what the lanes and their sleeping and waking bring with them.
 
+mod checkpoint;
 mod death;
 mod offers;
 mod streaks;

@@ -1,0 +1,381 @@
+//! The checkpointer: a child process that copies WALs back into their databases, off everybody's commit path.
+//!
+//! The broker's loop must never do I/O on a client's file, and runs no SQL: so it only passes on descriptors that
+//! members have sent, says which WAL has grown, and sees to it that there is a checkpointer. It says in the segment
+//! whether its checkpointer is on duty; where it is not, members checkpoint as SQLite does.
+
+use super::database::{Database, State};
+use super::filesystem::mount_of;
+use super::server::{CHECKPOINTER_PIDFD, CHECKPOINTER_SOCKET, Server};
+use crate::planted::planted;
+use crate::segment::atomic::SeqCst;
+use crate::segment::futex;
+use crate::segment::layout::CHECKPOINTER;
+use crate::wire::checkpoint::{FromCheckpointer, Outcome, ToCheckpointer};
+use crate::wire::message::{Role, SeatKey};
+use crate::wire::socket;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::epoll::{EpollEvent, EpollFlags};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// A checkpointer that ends so many times within [`DEATHS_WITHIN`] is not started again.
+const DEATHS: usize = 4;
+const DEATHS_WITHIN: Duration = Duration::from_secs(60);
+
+/// The process, if there is one.
+#[derive(Debug, Default)]
+pub struct Checkpointer {
+    running: Option<Running>,
+    deaths: Vec<Instant>,
+    /// It could not be started, or ended too often.
+    given_up: Option<String>,
+}
+
+#[derive(Debug)]
+struct Running {
+    child: Child,
+    socket: OwnedFd,
+    pidfd: OwnedFd,
+    outbox: VecDeque<(Vec<u8>, Vec<OwnedFd>)>,
+}
+
+/// What it has to do with one database.
+#[derive(Debug, Default)]
+pub struct Checkpoints {
+    /// As the last member that opened it has sent it.
+    wal: Option<OwnedFd>,
+    /// The checkpointer has been asked, and has not answered.
+    since: Option<Instant>,
+    /// Asked in vain: not again before the next tick.
+    paused: bool,
+    /// It cannot be checkpointed here, and why.
+    pub unable: Option<String>,
+    /// Checkpoints that have copied something, and what the last one left.
+    pub done: u64,
+    pub frames: u32,
+    pub backfilled: u32,
+}
+
+impl Checkpoints {
+    pub fn is_running(&self) -> bool {
+        self.since.is_some()
+    }
+
+    pub fn is_paused(&self) -> bool {
+        self.paused
+    }
+}
+
+impl Database {
+    /// Who checkpoints, for `status`: `None`, the broker; else why members do.
+    pub fn checkpoints_by_members(&self) -> Option<&str> {
+        match self.checkpoint_words() {
+            None => Some("guest mode"),
+            Some(words) if words.duty.load(SeqCst) != 0 => None,
+            Some(_) => Some(self.checkpoints.unable.as_deref().unwrap_or("the broker has no checkpointer")),
+        }
+    }
+
+    /// Members may ask again after a checkpoint in vain.
+    pub fn resume_checkpoints(&mut self) {
+        if std::mem::take(&mut self.checkpoints.paused) {
+            self.answer_writers();
+        }
+    }
+
+    /// The checkpoint is over: writers may ask for the next one, and those that wait for it go on.
+    fn answer_writers(&self) {
+        if let Some(words) = self.checkpoint_words() {
+            words.asked.store(0, SeqCst);
+            futex::wake_all(&words.asked);
+        }
+    }
+
+    /// From now on members checkpoint.
+    fn leave_to_members(&mut self, reason: &str) {
+        if self.checkpoints.unable.is_none() {
+            tracing::warn!(database = ?self.identity, "checkpoints are left to its members: {reason}");
+            self.checkpoints.unable = Some(reason.to_owned());
+        }
+        if let Some(words) = self.checkpoint_words().filter(|_| !planted("given-up-in-silence")) {
+            words.duty.store(0, SeqCst);
+            self.answer_writers();
+        }
+    }
+}
+
+impl Server {
+    /// A database has been founded: its members need not checkpoint.
+    pub(super) fn offer_checkpoints(&mut self, number: u32) {
+        let given_up = self.checkpointer.given_up.clone();
+        let Some(db) = self.databases.get_mut(&number) else { return };
+        match given_up {
+            _ if self.options.checkpointer.is_none() => {}
+            Some(reason) => db.leave_to_members(&reason),
+            None => {
+                if let Some(words) = db.checkpoint_words() {
+                    words.duty.store(1, SeqCst);
+                    db.table().members.set(CHECKPOINTER);
+                }
+            }
+        }
+    }
+
+    /// A member has opened the WAL.
+    pub(super) fn wal_file(&mut self, session: u64, key: SeatKey, fds: Vec<OwnedFd>) {
+        let Some(pid) = self.sessions.get(&session).map(|s| s.peer.pid) else { return };
+        let allowed = self.options.allow_unsafe;
+        let Some(db) = self.databases.get_mut(&key.database) else { return };
+        let writes = db.seats.get(&key.seat).is_some_and(|s| s.role == Role::ReadWrite);
+        let Some(wal) = fds.into_iter().next().filter(|_| writes && !db.is_guest()) else { return };
+        if db.checkpoint_words().is_none_or(|w| w.duty.load(SeqCst) == 0) {
+            return;
+        }
+        // Before anybody touches it.
+        match mount_of(&wal, pid, &[]) {
+            Some(mount) if mount.is_local() || allowed => {}
+            Some(mount) => return db.leave_to_members(&mount.reason()),
+            None => return db.leave_to_members("the broker cannot tell which filesystem its WAL is on"),
+        }
+        let first = db.checkpoints.wal.is_none();
+        db.checkpoints.wal = Some(wal);
+        if first {
+            self.introduce(key.database);
+        } else {
+            self.pass_wal(key.database);
+        }
+    }
+
+    /// Tells the checkpointer of a database and its WAL.
+    fn introduce(&mut self, number: u32) {
+        if let Err(e) = self.start_checkpointer() {
+            return self.give_up(&format!("the checkpointer cannot be started: {e}"));
+        }
+        let Some(db) = self.databases.get(&number) else { return };
+        let State::Gated { gate, segment } = &db.state else { return };
+        let fds = [&segment.control_fd, &segment.wal_index_fd, gate.database()];
+        let message = ToCheckpointer::Database { database: number, nonce: segment.nonce };
+        let sent = self.checkpointer.send(&message, &fds);
+        self.told(sent);
+        self.pass_wal(number);
+    }
+
+    fn pass_wal(&mut self, number: u32) {
+        let Some(wal) = self.databases.get(&number).and_then(|d| d.checkpoints.wal.as_ref()) else { return };
+        let sent = self.checkpointer.send(&ToCheckpointer::Wal { database: number }, &[wal]);
+        self.told(sent);
+    }
+
+    /// The WAL of a database is due.
+    pub(super) fn wal_grew(&mut self, number: u32) {
+        let Some(db) = self.databases.get_mut(&number) else { return };
+        let state = &mut db.checkpoints;
+        if state.is_running() || state.unable.is_some() {
+            return;
+        }
+        if state.wal.is_none() {
+            state.paused = true; // somebody will send it
+            return;
+        }
+        state.since = Some(Instant::now());
+        let sent = self.checkpointer.send(&ToCheckpointer::Checkpoint { database: number }, &[]);
+        self.told(sent);
+    }
+
+    /// The database's last member has left.
+    pub(super) fn end_checkpoints(&mut self, number: u32) {
+        if self.databases.get(&number).is_some_and(|d| d.checkpoints.wal.is_some()) {
+            let sent = self.checkpointer.send(&ToCheckpointer::Forget { database: number }, &[]);
+            self.told(sent);
+        }
+    }
+
+    fn told(&mut self, sent: io::Result<()>) {
+        if let Err(e) = sent {
+            // Its death is seen by its pidfd, and everything is said again to the next one.
+            tracing::debug!("cannot talk to the checkpointer: {e}");
+            self.checkpointer.kill();
+        }
+        self.watch_checkpointer();
+    }
+
+    fn watch_checkpointer(&self) {
+        if let Some(running) = &self.checkpointer.running {
+            let out = if running.outbox.is_empty() { EpollFlags::empty() } else { EpollFlags::EPOLLOUT };
+            let mut event = EpollEvent::new(EpollFlags::EPOLLIN | out, CHECKPOINTER_SOCKET);
+            let _ = self.epoll.modify(&running.socket, &mut event);
+        }
+    }
+
+    fn start_checkpointer(&mut self) -> io::Result<()> {
+        let Some(program) = &self.options.checkpointer else { return Err(io::ErrorKind::Unsupported.into()) };
+        if self.checkpointer.running.is_some() {
+            return Ok(());
+        }
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
+        // Its standard input, so that no number must be told; its log is ours.
+        fcntl(&theirs, FcntlArg::F_SETFD(FdFlag::empty()))?;
+        let mut command = Command::new(program);
+        command.arg("checkpointer").stdin(theirs).stdout(Stdio::null());
+        let child = command.spawn()?;
+        let pid = child.id() as i32;
+        let Some(pidfd) = super::liveness::pidfd_of_child(pid) else {
+            return Err(io::Error::other("no pidfd for it"));
+        };
+        self.epoll.add(&ours, EpollEvent::new(EpollFlags::EPOLLIN, CHECKPOINTER_SOCKET))?;
+        self.epoll.add(&pidfd, EpollEvent::new(EpollFlags::EPOLLIN, CHECKPOINTER_PIDFD))?;
+        tracing::info!(pid, "checkpointer started");
+        self.checkpointer.running = Some(Running { child, socket: ours, pidfd, outbox: VecDeque::new() });
+        Ok(())
+    }
+
+    /// Something of the checkpointer's to read, or room to write.
+    pub(super) fn checkpointer_event(&mut self, flags: EpollFlags) {
+        if flags.contains(EpollFlags::EPOLLOUT) {
+            let flushed = self.checkpointer.flush();
+            self.told(flushed);
+        }
+        for _ in 0..32 {
+            let Some(running) = &self.checkpointer.running else { return };
+            let message = match socket::receive(&running.socket).and_then(|p| p.decode()) {
+                Ok(message) => message,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                Err(_) => {
+                    // The rest is the pidfd's to say.
+                    let _ = self.epoll.delete(&running.socket);
+                    return self.checkpointer.kill();
+                }
+            };
+            match message {
+                FromCheckpointer::Done { database, outcome } => self.checkpoint_done(database, outcome),
+                FromCheckpointer::Kick => {} // looked at in each turn of the loop
+            }
+        }
+    }
+
+    fn checkpoint_done(&mut self, number: u32, outcome: Outcome) {
+        let Some(db) = self.databases.get_mut(&number) else { return };
+        let state = &mut db.checkpoints;
+        let took = state.since.take().map(|since| since.elapsed());
+        tracing::debug!(database = number, ?outcome, ?took, "checkpoint");
+        match outcome {
+            Outcome::Copied { frames, backfilled } => {
+                // Readers may stand in the way: not asked again at once.
+                let begun_anew = frames < state.frames;
+                let moved = frames == backfilled || begun_anew || backfilled > state.backfilled;
+                (state.frames, state.backfilled) = (frames, backfilled);
+                state.done += 1;
+                state.paused = !moved;
+            }
+            Outcome::Nothing => state.paused = true,
+            Outcome::Unable(reason) => db.leave_to_members(&reason),
+            Outcome::SyncFailed(reason) => {
+                tracing::error!(database = ?db.identity, "{reason}: the segment is poisoned");
+                if let State::Gated { segment, .. } = &db.state {
+                    segment.control.poison();
+                }
+            }
+        }
+        if !db.checkpoints.paused {
+            db.answer_writers();
+        }
+        self.drop_if_unused(number);
+    }
+
+    /// The kernel says that it is dead: what it held is cleared, and another one started.
+    pub(super) fn checkpointer_died(&mut self) {
+        let Some(mut running) = self.checkpointer.running.take() else { return };
+        let status = running.child.wait().map_or_else(|e| e.to_string(), |s| s.to_string());
+        let _ = self.epoll.delete(&running.socket);
+        let _ = self.epoll.delete(&running.pidfd);
+        let with_wal: Vec<u32> =
+            self.databases.iter().filter(|(_, d)| d.checkpoints.wal.is_some()).map(|(n, _)| *n).collect();
+        for number in &with_wal {
+            let Some(db) = self.databases.get_mut(number) else { continue };
+            if !planted("dead-checkpointer-keeps-locks") {
+                db.lane().remove(CHECKPOINTER);
+                db.table().members.set(CHECKPOINTER);
+            }
+            db.checkpoints.since = None;
+            if let Some(words) = db.checkpoint_words() {
+                words.wal_inode.store(0, SeqCst);
+                words.brake.store(0, SeqCst);
+            }
+            db.answer_writers();
+        }
+        let now = Instant::now();
+        self.checkpointer.deaths.retain(|at| now.duration_since(*at) < DEATHS_WITHIN);
+        self.checkpointer.deaths.push(now);
+        if self.checkpointer.deaths.len() >= DEATHS {
+            return self
+                .give_up(&format!("the checkpointer ended {DEATHS} times within a minute ({status})"));
+        }
+        if self.stopping.is_none() {
+            tracing::warn!("the checkpointer ended ({status}): another one is started");
+        }
+        for number in with_wal {
+            if self.databases.get(&number).is_some_and(|d| d.seats.is_empty()) {
+                self.drop_if_unused(number);
+            } else if self.stopping.is_none() {
+                self.introduce(number);
+            }
+        }
+    }
+
+    /// No checkpointer: for every database members do it, now and later.
+    fn give_up(&mut self, reason: &str) {
+        tracing::error!("{reason}");
+        self.checkpointer.given_up = Some(reason.to_owned());
+        self.databases.values_mut().filter(|d| !d.is_guest()).for_each(|d| d.leave_to_members(reason));
+        let empty: Vec<u32> =
+            self.databases.iter().filter(|(_, d)| d.seats.is_empty()).map(|(n, _)| *n).collect();
+        empty.into_iter().for_each(|n| self.drop_if_unused(n));
+    }
+}
+
+impl Checkpointer {
+    /// Its pid, for `status`.
+    pub fn pid(&self) -> Option<u32> {
+        self.running.as_ref().map(|r| r.child.id())
+    }
+
+    fn send(&mut self, message: &ToCheckpointer, fds: &[&OwnedFd]) -> io::Result<()> {
+        let Some(running) = &mut self.running else { return Ok(()) };
+        let bytes = socket::encode(message)?;
+        let raw: Vec<_> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
+        if running.outbox.is_empty() {
+            match socket::send(&running.socket, &bytes, &raw) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                other => return other,
+            }
+        }
+        let kept = fds.iter().map(|fd| fd.try_clone()).collect::<io::Result<Vec<_>>>()?;
+        running.outbox.push_back((bytes, kept));
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let Some(running) = &mut self.running else { return Ok(()) };
+        while let Some((bytes, fds)) = running.outbox.front() {
+            let raw: Vec<_> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
+            match socket::send(&running.socket, bytes, &raw) {
+                Ok(()) => drop(running.outbox.pop_front()),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    fn kill(&mut self) {
+        if let Some(running) = &mut self.running {
+            let _ = running.child.kill();
+        }
+    }
+}

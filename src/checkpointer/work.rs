@@ -1,0 +1,335 @@
+//! One database as the checkpointer has it: the descriptors that members passed, the segment, and a seat in it.
+
+use memmap2::{MmapOptions, MmapRaw};
+use nix::sys::stat::fstat;
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+use turnstile::client::lane;
+use turnstile::lock::commits::Commits;
+use turnstile::lock::park::{Parking, Rounds};
+use turnstile::lock::rules::Attempt;
+use turnstile::lock::seat::{Own, Seat};
+use turnstile::lock::table::Table;
+use turnstile::lock::{Ask, FileLevel, Release, Request, SeatId, Slots, Verdict, slot};
+use turnstile::planted::planted;
+use turnstile::segment::atomic::{AtomicU32, SeqCst};
+use turnstile::segment::futex;
+use turnstile::segment::layout::{
+    CHECKPOINTER, CheckpointWords, Control, REGION_SIZE, SeatWords, WAL_INDEX_SIZE,
+};
+use turnstile::segment::mapping::ControlMap;
+use turnstile::segment::memfd;
+use turnstile::segment::wal_index::WalIndex;
+use turnstile::wire::checkpoint::FromCheckpointer;
+use turnstile::wire::socket;
+
+/// How long a checkpoint waits for its turn; then it goes on without.
+const TURN_PATIENCE: Duration = Duration::from_millis(10);
+/// Bytes of the WAL's header, and of each frame's (<https://sqlite.org/fileformat2.html#the_write_ahead_log>).
+const WAL_HEADER: u64 = 32;
+const FRAME_HEADER: u64 = 24;
+
+/// The broker's end of our socket.
+#[derive(Debug)]
+pub struct Broker {
+    socket: OwnedFd,
+    gone: AtomicBool,
+}
+
+impl Broker {
+    pub fn new(socket: OwnedFd) -> Broker {
+        Broker { socket, gone: AtomicBool::new(false) }
+    }
+
+    pub fn is_gone(&self) {
+        self.gone.store(true, Ordering::Release);
+    }
+
+    pub fn send(&self, message: &FromCheckpointer) {
+        if let Ok(bytes) = socket::encode(message) {
+            // A broker that does not read this is ending.
+            let _ = socket::send_within(&self.socket, &bytes, &[], Duration::from_secs(10));
+        }
+    }
+}
+
+impl AsFd for Broker {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Parking for Broker {
+    fn park(&self, seat: &SeatWords, state: u32, limit: Duration) {
+        futex::wait(&seat.park, state, limit);
+    }
+
+    fn wake(&self, table: Table<'_>, seat: SeatId) {
+        match table.seat(seat) {
+            Some(words) if words.brokered.load(SeqCst) == 0 => futex::wake(&words.park),
+            Some(_) => self.send(&FromCheckpointer::Kick),
+            None => {}
+        }
+    }
+
+    fn micros(&self) -> u64 {
+        futex::micros()
+    }
+
+    fn coarse_millis(&self) -> u64 {
+        futex::coarse_millis()
+    }
+
+    fn streaks(&self) -> bool {
+        false
+    }
+}
+
+impl Rounds for Broker {
+    fn sleep(&self, round: &AtomicU32, seen: u32, micros: u64) {
+        futex::wait(round, seen, Duration::from_micros(micros));
+    }
+
+    fn wake_all(&self, round: &AtomicU32) {
+        futex::wake_all(round);
+    }
+
+    fn micros(&self) -> u64 {
+        futex::micros()
+    }
+}
+
+/// Why a WAL is not to be copied.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// It is not the one that the index describes, or not any more.
+    Stale,
+    Short(String),
+    /// Its pages have so many bytes that are not SQLite's.
+    Reserved(u8),
+}
+
+pub struct Work {
+    pub number: u32,
+    pub broker: Arc<Broker>,
+    pub database: OwnedFd,
+    pub wal: RefCell<Option<OwnedFd>>,
+    control: ControlMap,
+    wal_index: MmapRaw,
+    wal_index_fd: OwnedFd,
+    own: Own,
+    /// The checkpoint lock is asked for in a turn of its own.
+    pub in_turn: Cell<bool>,
+    /// Since when that turn has been had.
+    pub turn_since: Cell<Option<Instant>>,
+    pub refused: RefCell<Option<Refused>>,
+    pub sync_failed: RefCell<Option<String>>,
+}
+
+impl Work {
+    /// `fds`: control, wal-index and database.
+    pub fn new(number: u32, nonce: u64, fds: Vec<OwnedFd>, broker: &Arc<Broker>) -> io::Result<Work> {
+        let Ok([control, wal_index_fd, database]) = <[OwnedFd; 3]>::try_from(fds) else {
+            return Err(io::Error::other("not all of its descriptors arrived: too many open files"));
+        };
+        let control = ControlMap::open(&control, nonce, true)?;
+        // All of it: only what has been handed out is touched.
+        let wal_index = MmapOptions::new().len(WAL_INDEX_SIZE).map_raw(&wal_index_fd)?;
+        Ok(Work {
+            number,
+            broker: Arc::clone(broker),
+            database,
+            wal: RefCell::default(),
+            control,
+            wal_index,
+            wal_index_fd,
+            own: Own::default(),
+            in_turn: Cell::default(),
+            turn_since: Cell::default(),
+            refused: RefCell::default(),
+            sync_failed: RefCell::default(),
+        })
+    }
+
+    fn control(&self) -> &Control {
+        match self.control.control() {
+            Some(control) => control,
+            None => unreachable!("the broker is the same program"),
+        }
+    }
+
+    pub fn words(&self) -> &CheckpointWords {
+        &self.control().checkpoint.0
+    }
+
+    /// The commits that wait for a sync of the WAL.
+    pub fn commits(&self) -> Commits<'_> {
+        Commits { words: &self.control().commits, rounds: &*self.broker }
+    }
+
+    pub fn index(&self) -> WalIndex {
+        // SAFETY: mapped as long as self, which the value does not outlive; page-aligned.
+        unsafe { WalIndex::new(self.wal_index.as_mut_ptr()) }
+    }
+
+    /// The address of a region; it stays as long as self.
+    pub fn region(&self, region: u32, extend: bool) -> io::Result<Option<*mut u8>> {
+        let have = self.control.regions();
+        if region >= have {
+            if !extend || (region as usize + 1) * REGION_SIZE > WAL_INDEX_SIZE {
+                return Ok(None);
+            }
+            memfd::allocate(&self.wal_index_fd, have as usize * REGION_SIZE, REGION_SIZE)?;
+            self.control.raise_regions(have + 1);
+            return if region == have { self.region(region, false) } else { Ok(None) };
+        }
+        let offset = (region as usize).checked_mul(REGION_SIZE).filter(|o| *o < WAL_INDEX_SIZE);
+        // SAFETY: inside the mapping.
+        Ok(offset.map(|o| unsafe { self.wal_index.as_mut_ptr().add(o) }))
+    }
+
+    fn with<T>(&self, body: impl FnOnce(&Seat) -> T) -> T {
+        let table = Table::of(self.control());
+        let thread = nix::unistd::gettid().as_raw() as u32;
+        let connection = u64::MAX;
+        body(&Seat { table, id: CHECKPOINTER, own: &self.own, parking: &*self.broker, thread, connection })
+    }
+
+    /// Somebody wants the file for itself, or nothing here may be used any more: the checkpoint ends.
+    pub fn interrupted(&self) -> bool {
+        let table = Table::of(self.control());
+        let wanted = table.pending().or(table.exclusive()).is_some_and(|seat| seat != CHECKPOINTER);
+        wanted && !planted("checkpoint-goes-on")
+            || self.control.poisoned()
+            || self.broker.gone.load(Ordering::Acquire)
+    }
+
+    /// SHARED and the wal-index, like any connection: without SHARED a last close could remove the WAL under this
+    /// checkpoint, and old frames be copied over new ones. False: not now.
+    pub fn begin(&self) -> bool {
+        if self.control.poisoned() {
+            return false;
+        }
+        let shared =
+            Ask { request: Request::File { level: FileLevel::Shared, hot_journal: false }, ahead: false };
+        let granted = self.with(|seat| match seat.attempt(shared) {
+            Attempt::Done(Verdict::Granted { probation, .. }) => !probation,
+            _ => false,
+        });
+        let mut alone = false;
+        let opened = granted
+            && (0..1000).any(|_| {
+                // Nobody's truth then, and the first to read recovers it; there is nothing to do here.
+                self.with(|seat| {
+                    seat.open_wal_index(|| {
+                        self.index().invalidate();
+                        alone = true;
+                    })
+                }) || {
+                    std::thread::yield_now();
+                    false
+                }
+            });
+        if !opened || alone {
+            self.end();
+        }
+        opened && !alone
+    }
+
+    pub fn end(&self) {
+        self.with(|seat| {
+            seat.close_wal_index();
+            seat.leave();
+        });
+        self.turn_since.set(None);
+    }
+
+    /// `xShmLock(LOCK)`.
+    pub fn lock(&self, slots: Slots, shared: bool) -> bool {
+        if self.control.poisoned() {
+            return false;
+        }
+        let granted = |attempt| matches!(attempt, Attempt::Done(Verdict::Granted { .. }));
+        if shared {
+            return self.with(|seat| {
+                granted(seat.attempt(Ask { request: Request::ShmShared(slots), ahead: false }))
+            });
+        }
+        let request = Request::ShmExclusive { slots, blocking: false };
+        let ask = Ask { request, ahead: false };
+        if slots.is_checkpoint() {
+            return self.lock_checkpoint(request);
+        }
+        self.with(|seat| {
+            // To write the index, outside a checkpoint, is to recover it: the members' business.
+            let checkpoints = seat.table.slot_owner(slot::CHECKPOINT) == Some(CHECKPOINTER);
+            let recovers = slots.mask().is_some_and(|m| m & 0b111 != 0) && !checkpoints;
+            !recovers && granted(seat.attempt(ask))
+        })
+    }
+
+    fn lock_checkpoint(&self, request: Request) -> bool {
+        let begun = Instant::now();
+        let ask = Ask { request, ahead: self.in_turn.get() };
+        let give_up = || begun.elapsed() >= TURN_PATIENCE || self.interrupted();
+        let verdict = self.with(|seat| lane::wait(seat, ask, give_up, || {}).verdict);
+        let Verdict::Granted { turn, .. } = verdict else { return false };
+        self.turn_since.set(turn.then(Instant::now));
+        if let Err(refused) = self.verify() {
+            self.refused.replace(Some(refused));
+            if let Some(slots) = Slots::new(slot::CHECKPOINT, 1) {
+                self.unlock(slots, false);
+            }
+            return false;
+        }
+        true
+    }
+
+    /// `xShmLock(UNLOCK)`.
+    pub fn unlock(&self, slots: Slots, shared: bool) {
+        self.with(|seat| {
+            seat.release(match shared {
+                true => Release::ShmShared { slots, keep_turn: false },
+                false => Release::ShmExclusive { slots, keep_turn: false },
+            });
+        });
+    }
+
+    /// The WAL is the one that the index describes, and has all the frames that the index says it has. Asked with
+    /// the checkpoint lock held: nobody truncates it then.
+    fn verify(&self) -> Result<(), Refused> {
+        let wal = self.wal.borrow();
+        let wal = wal.as_ref().ok_or(Refused::Stale)?;
+        loop {
+            let header = self.index().valid_header().ok_or(Refused::Stale)?;
+            if header.frames() == 0 {
+                return Ok(()); // nothing will be copied
+            }
+            let st = fstat(wal).map_err(|_| Refused::Stale)?;
+            let mut salt = [0u8; 8];
+            let read = nix::sys::uio::pread(wal, &mut salt, 16).unwrap_or(0);
+            // A writer may have begun the WAL anew between the two.
+            if self.index().valid_header().is_none_or(|now| now.salts() != header.salts()) {
+                continue;
+            }
+            let frame = FRAME_HEADER + u64::from(header.page_size());
+            let needed = WAL_HEADER + u64::from(header.frames()) * frame;
+            let stale = st.st_nlink == 0 || (read == salt.len() && salt != header.salts());
+            if stale && !planted("stale-wal-copied") {
+                return Err(Refused::Stale);
+            }
+            if (st.st_size as u64) < needed && !planted("short-wal-copied") {
+                return Err(Refused::Short(format!(
+                    "its WAL has {} bytes, and {} frames need {needed}",
+                    st.st_size,
+                    header.frames()
+                )));
+            }
+            return Ok(());
+        }
+    }
+}

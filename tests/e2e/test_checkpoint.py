@@ -1,0 +1,361 @@
+"""The broker's checkpointer: WALs are copied back off the commit path, stay bounded, and are never left alone."""
+
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import time
+
+from harness import (Broker, SHELL, Record, Workers, acknowledged, check_rows, create, fails_without, lib,
+                     plain, run, timeout, wait_until)
+
+FRAME = 4096 + 24
+# See LIMIT in src/checkpointer/job.rs: frames from which readers are waited for, in a turn, ever longer.
+LIMIT = 8000
+
+
+def traced(path, broker=None, **options):
+    """A connection that is opened through turnstile, as all are but the one that loads the extension."""
+    if broker:
+        os.environ["TURNSTILE_SOCKET"] = broker.socket
+        load().close()
+    options.setdefault("isolation_level", None)
+    return sqlite3.connect(path, timeout=0, **options)
+
+
+def load():
+    """Loads the extension in this process, so that the connections that are opened from now on are traced."""
+    db = sqlite3.connect(":memory:")
+    db.enable_load_extension(True)
+    db.load_extension(lib())
+    return db
+
+
+def frames(path):
+    try:
+        return os.path.getsize(path + "-wal") // FRAME
+    except FileNotFoundError:
+        return 0
+
+
+def checkpoints(broker, path):
+    entry = broker.database(path)
+    return entry["checkpoints"] if entry else None
+
+
+def write(w):
+    """One row a commit, padded so that the WAL grows. Options: pad, pause."""
+    keep = load()
+    db = traced(w.path)
+    db.execute("PRAGMA synchronous=NORMAL")
+    pad = "x" * w.options.get("pad", 0)
+    w.ready()
+    seq = 0
+    w.more["longest"] = 0
+    while w.running():
+        if w.measure(lambda: db.execute("INSERT INTO rows VALUES(?, ?, ?)", (w.id, seq, pad)), seq):
+            seq += 1
+        if seq % 64 == 0:
+            w.more["longest"] = max(w.more["longest"], frames(w.path))
+    db.close()
+    keep.close()
+
+
+def made(broker):
+    path = create(broker.path("app.db"))
+    plain(path, "ALTER TABLE rows ADD COLUMN pad")
+    return path
+
+
+def fill(db, record, worker, first, rows, pad=1500):
+    for seq in range(first, first + rows):
+        db.execute("INSERT INTO rows VALUES(?, ?, ?)", (worker, seq, "x" * pad))
+        record.add(worker, seq)
+
+
+@fails_without("wal-left-to-writers")
+def test_the_broker_checkpoints_and_the_wal_begins_anew():
+    with Broker() as broker:
+        path = made(broker)
+        with Workers(3, write, 6.0, path, broker, options={"pad": 300}) as workers:
+            workers.go()
+            wait_until(lambda: (checkpoints(broker, path) or {}).get("done", 0) > 5, what="checkpoints")
+            seen = checkpoints(broker, path)
+            assert seen["by"] == "broker" and seen["reason"] is None, seen
+            results = workers.wait()
+        assert not sum(r["busy"] for r in results), results
+        assert max(r["longest"] for r in results) < 2 * LIMIT, results
+        check_rows(path, broker.record)
+
+
+@fails_without("autocheckpoint-tells-raised")
+def test_an_application_finds_its_own_settings():
+    with Broker() as broker:
+        path = made(broker)
+        db = traced(path, broker)
+
+        def setting():
+            return db.execute("PRAGMA wal_autocheckpoint").fetchone()[0]
+
+        db.execute("INSERT INTO rows VALUES(0, 0, '')")
+        assert setting() == 1000
+        assert setting() == 1000
+        # What it sets is what it gets, and is SQLite's to follow.
+        assert db.execute("PRAGMA wal_autocheckpoint=0").fetchone()[0] == 0
+        for seq in range(1, 1500):
+            db.execute("INSERT INTO rows VALUES(0, ?, ?)", (seq, "x" * 3000))
+        assert setting() == 0
+        assert frames(path) > 1400, "an application that wants no checkpoints got one"
+        assert checkpoints(broker, path)["done"] == 0
+        # An explicit checkpoint keeps its results.
+        busy, log, copied = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        assert (busy, log, copied) == (0, 0, 0) and frames(path) == 0
+        assert db.execute("PRAGMA wal_autocheckpoint=50").fetchone()[0] == 50
+        for seq in range(2000, 2400):
+            db.execute("INSERT INTO rows VALUES(0, ?, ?)", (seq, "x" * 3000))
+            assert frames(path) < 120
+        assert setting() == 50 and checkpoints(broker, path)["done"] == 0
+        assert db.execute("PRAGMA journal_size_limit=40000").fetchone()[0] == 40000
+        db.execute("PRAGMA wal_autocheckpoint=1000")
+        assert setting() == 1000
+        for seq in range(3000, 7000):
+            db.execute("INSERT INTO rows VALUES(0, ?, ?)", (seq, "x" * 3000))
+        wait_until(lambda: checkpoints(broker, path)["done"], what="the broker's checkpoint")
+        db.close()
+
+
+@fails_without("attached-forgotten")
+def test_another_database_of_the_connection_is_checkpointed_too():
+    with Broker() as broker:
+        path, other = made(broker), broker.path("plain.db")
+        plain(other, "PRAGMA journal_mode=wal; CREATE TABLE rows(worker, seq, pad)")
+        db = traced(path, broker, uri=True)
+        db.execute("INSERT INTO main.rows VALUES(0, 0, '')")
+        db.execute("ATTACH ? AS other", (f"file:{other}?vfs=unix-excl",))
+        db.execute("PRAGMA other.locking_mode=EXCLUSIVE")
+        for seq in range(3000):
+            db.execute("INSERT INTO other.rows VALUES(0, ?, ?)", (seq, "x" * 3000))
+        assert frames(other) < 1500, frames(other)
+        db.close()
+
+
+@fails_without("checkpoint-beside-brokers", attempts=3)
+@timeout(60)
+def test_an_explicit_checkpoint_is_not_busy_for_the_brokers():
+    with Broker() as broker:
+        path = made(broker)
+        with Workers(1, write, 5.0, path, broker, options={"pad": 1500}) as workers:
+            db = traced(path, broker)
+            workers.go()
+            end = time.monotonic() + 4
+            asked = 0
+            while time.monotonic() < end:
+                busy, log, copied = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                assert not busy and log >= copied, (busy, log, copied)
+                asked += 1
+            assert asked > 10
+            workers.wait()
+            db.close()
+        check_rows(path, broker.record)
+
+
+def read_overlapping(w):
+    """Read transactions of `hold` seconds on two connections, each begun before the other ends."""
+    keep = load()
+    dbs = [traced(w.path) for _ in range(2)]
+    hold = w.options["hold"]
+    w.ready()
+    dbs[1].execute("BEGIN")
+    dbs[1].execute("SELECT max(rowid) FROM rows").fetchone()
+    n = 0
+    while w.running():
+        new, old = dbs[n % 2], dbs[(n + 1) % 2]
+        new.execute("BEGIN")
+        new.execute("SELECT max(rowid) FROM rows").fetchone()
+        time.sleep(hold / 2)
+        old.execute("COMMIT")
+        time.sleep(hold / 2)
+        n += 1
+    w.more["reads"] = n
+    for db in dbs:
+        db.close()
+    keep.close()
+
+
+@fails_without("readers-not-waited-for")
+@timeout(120)
+def test_the_wal_is_bounded_under_readers_that_always_overlap():
+    with Broker() as broker:
+        path = made(broker)
+        with Workers(6, read_overlapping, 14.0, path, broker, first=10, options={"hold": 0.005}) as readers, \
+                Workers(1, write, 12.0, path, broker, options={"pad": 300}) as writers:
+            readers.ready()
+            writers.ready()
+            readers.go()
+            writers.go()
+            written, = writers.wait()
+            read = readers.wait()
+        assert not written["busy"], written
+        assert written["committed"] > LIMIT, written
+        assert min(r["reads"] for r in read) > 100, read
+        assert written["longest"] < 2 * LIMIT, written
+        check_rows(path, broker.record)
+
+
+def pid_of_checkpointer(broker):
+    return wait_until(lambda: broker.status()["broker"]["checkpointer"], what="a checkpointer")
+
+
+def stop_in_turn(broker, path, seconds=20):
+    """SIGSTOPs the checkpointer at a moment at which it has the turn, and returns its pid."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pid = pid_of_checkpointer(broker)
+        os.kill(pid, signal.SIGSTOP)
+        turn = broker.database(path)["turn"]
+        if turn and turn["pid"] == pid:
+            assert turn["program"] == "turnstile checkpointer", turn
+            return pid
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(random.random() / 50)
+    raise AssertionError("the checkpointer was never seen with the turn")
+
+
+@fails_without("dead-checkpointer-keeps-locks")
+@timeout(90)
+def test_a_killed_checkpointer_is_replaced():
+    with Broker() as broker:
+        path = made(broker)
+        with Workers(2, write, 16.0, path, broker, options={"pad": 1500}) as workers:
+            workers.go()
+            for _ in range(2):
+                pid = stop_in_turn(broker, path)
+                os.kill(pid, signal.SIGKILL)
+                wait_until(lambda: pid_of_checkpointer(broker) != pid, what="another checkpointer")
+                before = checkpoints(broker, path)["done"]
+                wait_until(lambda: checkpoints(broker, path)["done"] > before + 2, what="more checkpoints")
+            results = workers.wait()
+        assert not sum(r["busy"] for r in results), results
+        assert max(r["longest"] for r in results) < 2 * LIMIT, results
+        check_rows(path, broker.record)
+
+
+@fails_without("given-up-in-silence")
+@timeout(90)
+def test_members_checkpoint_when_the_checkpointer_keeps_dying():
+    with Broker() as broker:
+        path = made(broker)
+        with Workers(2, write, 10.0, path, broker, options={"pad": 1500}) as workers:
+            workers.go()
+            seen = set()
+            for _ in range(4):
+                pid = wait_until(lambda: {broker.status()["broker"]["checkpointer"]} - seen - {None},
+                                 what="another checkpointer").pop()
+                seen.add(pid)
+                os.kill(pid, signal.SIGKILL)
+            state = wait_until(lambda: (lambda c: c["by"] == "members" and c)(checkpoints(broker, path)),
+                               what="members' own checkpoints")
+            assert "within a minute" in state["reason"], state
+            results = workers.wait()
+        assert max(r["longest"] for r in results) < 2 * LIMIT, results
+        assert "within a minute" in broker.log()
+        check_rows(path, broker.record)
+
+
+@fails_without("gone-broker-trusted")
+@timeout(90)
+def test_automatic_checkpoints_come_back_when_the_broker_is_gone():
+    with Broker() as broker:
+        path = made(broker)
+        with Workers(1, write, 8.0, path, broker, options={"pad": 1500}) as workers:
+            workers.go()
+            wait_until(lambda: (checkpoints(broker, path) or {}).get("done", 0) > 2, what="checkpoints")
+            broker.kill()
+            result, = workers.wait()
+        assert result["committed"] > 2 * LIMIT and not result["busy"], result
+        assert result["longest"] < 2 * LIMIT, result
+        check_rows(path, broker.record)
+        broker.start()
+
+
+@fails_without("checkpointer-is-anyone", attempts=3)
+@timeout(90)
+def test_exclusive_is_had_beside_a_checkpoint():
+    with Broker() as broker:
+        path = made(broker)
+        record = Record(broker.record)
+        db = traced(path, broker)
+        db.execute("PRAGMA synchronous=NORMAL")
+        for n in range(25):
+            fill(db, record, "a", n * 1200, 1200)
+            assert db.execute("PRAGMA journal_mode=delete").fetchone()[0] == "delete"
+            if n % 5 == 4:
+                db.execute("VACUUM")
+            assert db.execute("PRAGMA journal_mode=wal").fetchone()[0] == "wal"
+        db.close()
+        check_rows(path, broker.record)
+
+
+@fails_without("checkpointer-is-anyone", attempts=3)
+@timeout(90)
+def test_a_copy_right_after_the_last_close_is_complete():
+    with Broker() as broker:
+        path, copy = made(broker), broker.path("copy.db")
+        record = Record(broker.record)
+        traced(":memory:", broker).close()
+        for n in range(30):
+            db = traced(path)
+            db.execute("PRAGMA synchronous=NORMAL")
+            fill(db, record, "a", n * 1100, 1100)
+            db.close()
+            shutil.copy(path, copy)
+            held = {(w, s) for w, s in plain(copy, "SELECT worker, seq FROM rows")}
+            missing = set(acknowledged(broker.record)) - held
+            assert not missing, f"{len(missing)} rows are not in a copy made after the last close"
+        check_rows(path, broker.record)
+
+
+@fails_without("short-wal-copied")
+def test_a_wal_shorter_than_its_index_says_is_refused():
+    with Broker() as broker:
+        path = made(broker)
+        db = traced(path, broker)
+        db.execute("PRAGMA synchronous=NORMAL")
+        for seq in range(500):
+            db.execute("INSERT INTO rows VALUES(0, ?, ?)", (seq, "x" * 3000))
+        size = os.path.getsize(path + "-wal")
+        db.execute("BEGIN")
+        for seq in range(500, 2500):
+            db.execute("INSERT INTO rows VALUES(0, ?, ?)", (seq, "x" * 3000))
+        hold = traced(path)
+        hold.execute("BEGIN")
+        hold.execute("SELECT count(*) FROM rows").fetchone()
+        db.execute("COMMIT")
+        os.truncate(path + "-wal", size)
+        state = wait_until(lambda: (lambda c: c["by"] == "members" and c)(checkpoints(broker, path)),
+                           what="the WAL to be refused")
+        assert "bytes" in state["reason"] and "frames need" in state["reason"], state
+        assert "checkpoints are left to its members" in broker.log()
+        hold.close()
+        db.close()
+
+
+@fails_without("reserved-bytes-copied")
+def test_a_database_with_reserved_bytes_is_left_to_its_members():
+    with Broker() as broker:
+        path = broker.path("app.db")
+        run([SHELL, path, ".filectrl reserve_bytes 8", "PRAGMA journal_mode=wal",
+             "CREATE TABLE rows(worker, seq, pad)"])
+        with open(path, "rb") as f:
+            assert f.read(21)[20] == 8, "the shell did not reserve bytes"
+        db = traced(path, broker)
+        db.execute("PRAGMA synchronous=NORMAL")
+        longest = 0
+        for seq in range(6000):
+            db.execute("INSERT INTO rows VALUES(0, ?, ?)", (seq, "x" * 3000))
+            longest = max(longest, frames(path))
+        state = checkpoints(broker, path)
+        assert state["by"] == "members" and "reserved" in state["reason"], state
+        assert longest < 5000, longest
+        db.close()
