@@ -161,8 +161,17 @@ def rearrange(db, names, chance, shrinks):
 
 def measure(w, db, what):
     """`what()`, in whatever state an injected error leaves the transaction; False if it failed so."""
+    def noted():
+        try:
+            what()
+        except sqlite3.OperationalError as e:
+            if harness.is_busy(e):
+                after = len(w.more.get("failed", []))
+                w.more.setdefault("busy at", []).append(f"{e.sqlite_errorname} after {after} errors of its own")
+            raise
+
     try:
-        return w.measure(what)
+        return w.measure(noted)
     except sqlite3.OperationalError as e:
         expected = e.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL)
         if not w.options["faults"] or not expected:
@@ -285,7 +294,12 @@ def run(workload, record, seed, rows, seconds):
         return all_of_it(None)
     with Broker(env=record.env) as broker:
         results = all_of_it(broker)
-        if [r for r in results if r["busy"]]:
+        busy = [at for r in results for at in r.get("busy at", [])]
+        # After an injected error a rollback journal is hot, and one that looks at it beside others may get BUSY: open,
+        # docs/power-loss.md. Said, not hidden; anywhere else it ends the recording.
+        if busy:
+            print(f"{workload.name}: BUSY through turnstile: {busy}", flush=True)
+        if busy and not (workload.faults and workload.journal != "wal"):
             raise AssertionError(f"{workload.name}: BUSY: {results}")
         return results
 
