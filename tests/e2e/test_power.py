@@ -5,6 +5,7 @@
 
 import errno
 import os
+import shutil
 import sqlite3
 import sys
 import tempfile
@@ -47,6 +48,51 @@ def test_the_check_notices_a_journal_that_was_not_emptied():
     fault = (recording.SYNC_EMPTY, "-journal", errno.EIO, 1)
     done = checked(workloads.Workload("truncate", False, "truncate", "full", 1, 0, durable=True, faults=[fault]), 20000)
     assert done.returncode == 1 and "integrity_check" in done.stdout, done.stdout + done.stderr
+
+
+def checkpoint_in_halves(w):
+    """A reader lets a checkpoint come halfway; the sync of the database fails when the second half is copied."""
+    db, names = workloads.open_database(w)
+    reader, _ = workloads.open_database(w)
+    db.execute("PRAGMA wal_autocheckpoint=0")
+    w.ready()
+
+    def commit(worker):
+        seq, n = workloads.write_all(db, names, worker)
+        db.execute("COMMIT")
+        recording.note(f"ack {worker} {seq} {n}")
+
+    db.execute("PRAGMA wal_checkpoint").fetchall()
+    commit(0)
+    reader.execute("BEGIN")
+    reader.execute("SELECT n FROM meta").fetchall()
+    commit(1)
+    halfway = db.execute("PRAGMA wal_checkpoint").fetchone()
+    reader.execute("COMMIT")
+    assert 0 < halfway[2] < halfway[1], halfway
+    recording.order(recording.SYNC, ".db", errno.EIO)
+    try:
+        db.execute("PRAGMA wal_checkpoint").fetchall()
+        raise AssertionError("the checkpoint did not notice the error")
+    except sqlite3.OperationalError as e:
+        assert e.sqlite_errorname == "SQLITE_IOERR_FSYNC", e.sqlite_errorname
+    db.execute("PRAGMA wal_checkpoint").fetchall()
+    commit(2)
+    db.close()
+    reader.close()
+
+
+def test_the_check_notices_a_checkpoint_that_forgets_its_first_half():
+    """Plain SQLite: the sync of a checkpoint fails, the next one does not copy again what the kernel has dropped."""
+    workload = workloads.Workload("halves", False, "wal", "full", 1, 0, durable=True)
+    with recording.Recording(tempfile.mkdtemp(prefix="power-", dir=recording.PLACE)) as record:
+        for target in (workloads.setup, checkpoint_in_halves):
+            with Workers(1, target, 10.0, record.path("app.db"), env={**harness.plain_env(), **record.env},
+                         options={**workload._asdict(), "load": False}) as one:
+                one.go().wait()
+        done = workloads.check([record.dir], 2000, seed=1, capture_output=True)
+        shutil.rmtree(record.dir)
+    assert done.returncode == 1 and "VIOLATION" in done.stdout, done.stdout + done.stderr
 
 
 @fails_without("ack-before-sync", message="was acknowledged or seen, but")

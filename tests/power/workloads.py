@@ -32,11 +32,11 @@ Workload = collections.namedtuple(
     "Workload", "name brokered journal synchronous writers readers durable files reopen kill page auto_vacuum mode broker faults",
     defaults=("app.db", 0, False, 1024, 0, None, None, ()))
 
-# Orders (recording.py): what fails, and how often it does not before it does. Not the sync of an emptied journal: plain
-# SQLite goes on after it, and a power loss before the next one mixes two journals (docs/power-loss.md).
+# Orders (recording.py): what fails, and how often it does not before it does. Not two that plain SQLite does not survive
+# (docs/power-loss.md): the sync of an emptied journal, and the sync of the database in WAL mode.
 WAL_SYNCS = [(recording.SYNC, "-wal", errno.EIO, n) for n in (5, 23, 24, 60, 111)]
 WAL_FAULTS = [*WAL_SYNCS, (recording.WRITE, "-wal", errno.ENOSPC, 333), (recording.WRITE, "-wal", errno.EIO, 700),
-              (recording.SYNC, ".db", errno.EIO, 4), (recording.WRITE, ".db", errno.EIO, 77)]
+              (recording.WRITE, ".db", errno.EIO, 77)]
 JOURNAL_FAULTS = [(recording.SYNC, "-journal", errno.EIO, 9), (recording.SYNC, ".db", errno.EIO, 15),
                   (recording.WRITE, "-journal", errno.ENOSPC, 300), (recording.WRITE, ".db", errno.EIO, 500),
                   (recording.SYNC, ".db", errno.EIO, 60), (recording.SYNC, "-journal", errno.EIO, 151)]
@@ -150,19 +150,28 @@ def abandon(db):
     db.execute("ROLLBACK")
 
 
-def rearrange(db, names, chance):
+def rearrange(db, names, chance, shrinks):
     """What moves pages and changes nothing."""
     what = chance.choice(["VACUUM", "wal_checkpoint", "wal_checkpoint(RESTART)", "wal_checkpoint(TRUNCATE)"])
-    if what == "VACUUM":
+    if what == "VACUUM" and shrinks:
         db.execute(f"VACUUM {chance.choice(names)}")
-    else:
+    elif what != "VACUUM":
         db.execute(f"PRAGMA {what}").fetchall()
 
 
 def measure(w, db, what):
     """`what()`, in whatever state an injected error leaves the transaction; False if it failed so."""
+    def noted():
+        try:
+            what()
+        except sqlite3.OperationalError as e:
+            if harness.is_busy(e):
+                after = len(w.more.get("failed", []))
+                w.more.setdefault("busy at", []).append(f"{e.sqlite_errorname} after {after} errors of its own")
+            raise
+
     try:
-        return w.measure(what)
+        return w.measure(noted)
     except sqlite3.OperationalError as e:
         expected = e.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL)
         if not w.options["faults"] or not expected:
@@ -187,6 +196,9 @@ def write(w):
                         chance.choice([recording.KILL_AFTER, recording.KILL_BEFORE]),
                         skip=chance.randrange(20, 700), pid=os.getpid())
 
+    # A commit that shrinks the database truncates it after the journal is gone. At FULL, where the journal may be back,
+    # plain SQLite then damages the database (docs/power-loss.md).
+    shrinks = (o["journal"], o["synchronous"]) != ("delete", "full")
     word = "did" if o["synchronous"] == "mixed" and synchronous(w) == "normal" else "ack"
 
     def one():
@@ -198,7 +210,7 @@ def write(w):
         if chance.randrange(12) == 0:
             measure(w, db, lambda: abandon(db))
         elif chance.randrange(40) == 0:
-            measure(w, db, lambda: rearrange(db, names, chance))
+            measure(w, db, lambda: rearrange(db, names, chance, shrinks))
         else:
             measure(w, db, one)
         if o["reopen"] and chance.randrange(o["reopen"]) == 0:
@@ -282,7 +294,12 @@ def run(workload, record, seed, rows, seconds):
         return all_of_it(None)
     with Broker(env=record.env) as broker:
         results = all_of_it(broker)
-        if [r for r in results if r["busy"]]:
+        busy = [at for r in results for at in r.get("busy at", [])]
+        # After an injected error a rollback journal is hot, and one that looks at it beside others may get BUSY: open,
+        # docs/power-loss.md. Said, not hidden; anywhere else it ends the recording.
+        if busy:
+            print(f"{workload.name}: BUSY through turnstile: {busy}", flush=True)
+        if busy and not (workload.faults and workload.journal != "wal"):
             raise AssertionError(f"{workload.name}: BUSY: {results}")
         return results
 
