@@ -11,7 +11,7 @@ use super::SeatId;
 use super::table::Table;
 use crate::planted::planted;
 use crate::segment::atomic::SeqCst;
-use crate::segment::layout::{CLOSED, RESTING, STATE};
+use crate::segment::layout::{CHECKPOINTER, CLOSED, RESTING, STATE};
 
 /// Added to the word when the seat's number may be given out again.
 const ONE: u32 = STATE + 1;
@@ -55,10 +55,10 @@ impl Table<'_> {
         self.seat(seat).is_some_and(|s| s.state.load(SeqCst) & STATE == RESTING)
     }
 
-    /// Another seat is in use.
+    /// Another seat is in use; the checkpointer's keeps nobody out.
     pub fn used_by_others(self, seat: SeatId) -> bool {
         let used = |s: &SeatId| self.seat(*s).is_some_and(|w| w.state.load(SeqCst) & STATE == 0);
-        self.members.iter().filter(|s| *s != seat).any(|s| used(&s))
+        self.members.iter().filter(|s| *s != seat && *s != CHECKPOINTER).any(|s| used(&s))
     }
 
     /// Closes a seat if it rests under this count.

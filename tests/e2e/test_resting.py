@@ -330,7 +330,7 @@ def test_a_thousand_times_open_and_closed_beside_a_plain_client():
         assert plain(db, "PRAGMA integrity_check") == [["ok"]]
 
 
-SEATS, FIRST_SEAT, SEAT_SIZE, STATE = 1024, 4096, 128, 36  # segment/layout.rs
+SEATS, FIRST_SEAT, SEAT_SIZE, STATE = 1023, 8192, 128, 36  # segment/layout.rs
 RESTING = 1
 
 
