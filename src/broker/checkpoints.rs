@@ -49,6 +49,8 @@ struct Running {
 pub struct Checkpoints {
     /// As the last member that opened it has sent it.
     wal: Option<OwnedFd>,
+    /// The checkpointer knows the database: only once it has something to do there.
+    introduced: bool,
     /// The checkpointer has been asked, and has not answered.
     since: Option<Instant>,
     /// Asked in vain: not again before the next tick.
@@ -142,11 +144,8 @@ impl Server {
             Some(mount) => return db.leave_to_members(&mount.reason()),
             None => return db.leave_to_members("the broker cannot tell which filesystem its WAL is on"),
         }
-        let first = db.checkpoints.wal.is_none();
         db.checkpoints.wal = Some(wal);
-        if first {
-            self.introduce(key.database);
-        } else {
+        if db.checkpoints.introduced {
             self.pass_wal(key.database);
         }
     }
@@ -182,14 +181,20 @@ impl Server {
             state.paused = true; // somebody will send it
             return;
         }
-        state.since = Some(Instant::now());
+        if !std::mem::replace(&mut state.introduced, true) {
+            self.introduce(number);
+        }
+        let Some(db) = self.databases.get_mut(&number).filter(|d| d.checkpoints.unable.is_none()) else {
+            return;
+        };
+        db.checkpoints.since = Some(Instant::now());
         let sent = self.checkpointer.send(&ToCheckpointer::Checkpoint { database: number }, &[]);
         self.told(sent);
     }
 
     /// The database's last member has left.
     pub(super) fn end_checkpoints(&mut self, number: u32) {
-        if self.databases.get(&number).is_some_and(|d| d.checkpoints.wal.is_some()) {
+        if self.databases.get(&number).is_some_and(|d| d.checkpoints.introduced) {
             let sent = self.checkpointer.send(&ToCheckpointer::Forget { database: number }, &[]);
             self.told(sent);
         }
@@ -294,9 +299,9 @@ impl Server {
         let status = running.child.wait().map_or_else(|e| e.to_string(), |s| s.to_string());
         let _ = self.epoll.delete(&running.socket);
         let _ = self.epoll.delete(&running.pidfd);
-        let with_wal: Vec<u32> =
-            self.databases.iter().filter(|(_, d)| d.checkpoints.wal.is_some()).map(|(n, _)| *n).collect();
-        for number in &with_wal {
+        let known: Vec<u32> =
+            self.databases.iter().filter(|(_, d)| d.checkpoints.introduced).map(|(n, _)| *n).collect();
+        for number in &known {
             let Some(db) = self.databases.get_mut(number) else { continue };
             if !planted("dead-checkpointer-keeps-locks") {
                 db.lane().remove(CHECKPOINTER);
@@ -304,7 +309,6 @@ impl Server {
             }
             db.checkpoints.since = None;
             if let Some(words) = db.checkpoint_words() {
-                words.wal_inode.store(0, SeqCst);
                 words.brake.store(0, SeqCst);
             }
             db.answer_writers();
@@ -319,7 +323,7 @@ impl Server {
         if self.stopping.is_none() {
             tracing::warn!("the checkpointer ended ({status}): another one is started");
         }
-        for number in with_wal {
+        for number in known {
             if self.databases.get(&number).is_some_and(|d| d.seats.is_empty()) {
                 self.drop_if_unused(number);
             } else if self.stopping.is_none() {

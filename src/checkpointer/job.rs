@@ -69,14 +69,10 @@ impl<'a> Job<'a> {
     pub fn take_wal(&mut self, wal: OwnedFd) {
         let inode = |fd: &OwnedFd| fstat(fd).ok().filter(|st| st.st_mode & libc::S_IFMT == libc::S_IFREG);
         let Some(new) = inode(&wal) else { return };
-        let word = &self.work.words().wal_inode;
-        if self.work.wal.borrow().as_ref().and_then(inode).is_some_and(|old| old.st_ino == new.st_ino) {
-            return word.store(new.st_ino, SeqCst);
+        if self.work.wal.borrow().as_ref().and_then(inode).is_none_or(|old| old.st_ino != new.st_ino) {
+            self.close();
+            self.work.wal.replace(Some(wal));
         }
-        self.close();
-        word.store(0, SeqCst);
-        self.work.wal.replace(Some(wal));
-        word.store(new.st_ino, SeqCst);
     }
 
     pub fn checkpoint(&mut self) -> Outcome {
@@ -97,7 +93,7 @@ impl<'a> Job<'a> {
             )),
             (_, Some(Refused::Short(reason))) => Outcome::Unable(reason),
             (_, Some(Refused::Stale)) => Outcome::Nothing,
-            (Ok(()) | Err(ffi::SQLITE_INTERRUPT | ffi::SQLITE_BUSY), None) => {
+            (Ok(()) | Err(ffi::SQLITE_INTERRUPT | ffi::SQLITE_BUSY | ffi::SQLITE_PROTOCOL), None) => {
                 Outcome::Copied { frames, backfilled }
             }
             (Err(code), None) => {
@@ -225,7 +221,6 @@ impl<'a> Job<'a> {
 impl Drop for Job<'_> {
     fn drop(&mut self) {
         self.close();
-        self.work.words().wal_inode.store(0, SeqCst);
     }
 }
 

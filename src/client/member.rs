@@ -294,11 +294,14 @@ impl Member {
         }
     }
 
-    /// The seat has opened the WAL behind `fd`: the broker's checkpointer is given it, unless it has it.
+    /// The seat has opened the WAL behind `fd`: the broker is given it, unless it has it.
     pub fn wal_opened(&self, fd: BorrowedFd, inode: u64) {
         let words = self.shared.as_ref().and_then(|s| s.checkpoint());
-        if words.is_some_and(|w| w.duty.load(SeqCst) != 0 && w.wal_inode.load(SeqCst) != inode) {
-            let _ = self.session().send(&ToBroker::WalFile { seat: self.joined.seat }, &[fd.as_raw_fd()]);
+        if let Some(words) = words.filter(|w| w.duty.load(SeqCst) != 0 && w.wal_inode.load(SeqCst) != inode) {
+            let message = ToBroker::WalFile { seat: self.joined.seat };
+            if self.session().send(&message, &[fd.as_raw_fd()]).is_ok() {
+                words.wal_inode.store(inode, SeqCst);
+            }
         }
     }
 

@@ -257,8 +257,8 @@ pub struct CheckpointWords {
     /// tells, cleared by the broker when the checkpoint is over; a futex. A member that dies between the two leaves it
     /// set: the others tell again as the WAL grows on.
     pub asked: AtomicU32,
-    /// Inode of the WAL that the checkpointer has open, 0 for none. Written by the checkpointer, before it closes
-    /// that file: so it names no other file meanwhile.
+    /// Inode of the WAL whose descriptor the broker has been sent, 0 for none. Written by the member that has sent it.
+    /// The broker keeps that file open until it is sent another one, so the number is no other file's meanwhile.
     pub wal_inode: AtomicU64,
     /// With so many frames in the WAL and `asked` set, writers wait before they begin; 0: they never do. Written by the
     /// checkpointer. A crash leaves it: the broker clears it, and nobody waits long.

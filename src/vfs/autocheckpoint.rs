@@ -4,10 +4,10 @@
 //! raised to one that no WAL reaches, with the old one in its low bits. So it can always be told from an
 //! application's hook or setting, which must not be touched: `PRAGMA wal_autocheckpoint` says the number if the hook is
 //! SQLite's, and 0 if it is not. (`sqlite3_wal_hook` would replace what it is to look at.) When the application asks or
-//! sets by that pragma, it finds its own number; the next statement looks again.
+//! sets by that pragma, it finds its own number; the next statement that writes looks again.
 //!
-//! Not when the connection opens: SQLite sets its default after the auto-extensions. At a statement's start, from its
-//! trace: no call of the VFS is running then, and a statement may be prepared.
+//! Not when the connection opens: SQLite sets its default after the auto-extensions. At the start of a statement that
+//! writes, from its trace: no call of the VFS is running then, and a statement may be prepared.
 
 use super::adopt;
 use super::api::Library;

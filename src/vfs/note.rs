@@ -142,10 +142,11 @@ unsafe extern "C" fn traced(
         // SAFETY: the context that `trace` gave, alive until the event below.
         let note = unsafe { &*context.cast_const().cast::<Note>() };
         if event == ffi::SQLITE_TRACE_STMT {
-            if note.automatic.is_due() {
+            let api = &note.library.api;
+            // SAFETY: as below.
+            if note.automatic.is_due() && unsafe { (api.stmt_readonly)(subject.cast()) } == 0 {
                 autocheckpoint::look(note.library, note.db as *mut ffi::sqlite3, &note.automatic);
             }
-            let api = &note.library.api;
             // SAFETY: sqlite3.h: the subject is the statement that starts, `text` its text.
             let (reads, hash) = unsafe {
                 let reads = (api.stmt_readonly)(subject.cast()) != 0;
