@@ -127,7 +127,8 @@ impl<'a> Job<'a> {
             before = left;
             self.run(ffi::SQLITE_CHECKPOINT_PASSIVE)?;
         }
-        self.finish(behind().0)
+        let (frames, left) = behind();
+        self.finish(frames, left)
     }
 
     fn sync(&self) -> Result<(), Code> {
@@ -140,15 +141,17 @@ impl<'a> Job<'a> {
     /// The last frames, in a turn: nobody appends, and once the readers that still need the WAL are gone it is begun
     /// anew. They need not be kept out: as the WAL stands still, those that come meanwhile read its end, and, when all
     /// of it is in the database, do without it. So after two generations of them none is in the way.
-    fn finish(&mut self, frames: u32) -> Result<(), Code> {
+    fn finish(&mut self, frames: u32, left: u32) -> Result<(), Code> {
         if frames < self.last {
             (self.impatience, self.not_before) = (0, 0); // begun anew by a writer
         }
         self.last = frames;
-        if frames < self.not_before {
+        // Too early for another long wait; but nearly all of it is in the database: the reader that stayed is gone.
+        let early = frames < self.not_before;
+        if early && left > TAIL {
             return Ok(());
         }
-        let step = if frames > LIMIT { self.impatience.max(1) } else { 0 };
+        let step = if frames > LIMIT && !early { self.impatience.max(1) } else { 0 };
         let patience = if planted("readers-not-waited-for") { Duration::ZERO } else { PATIENCE[step] };
         self.busy.patience.set(patience);
         self.work.in_turn.set(true);
@@ -160,9 +163,9 @@ impl<'a> Job<'a> {
         });
         self.work.in_turn.set(false);
         match done {
-            Ok(()) => (self.impatience, self.last) = (0, 0),
+            Ok(()) => (self.impatience, self.not_before, self.last) = (0, 0, 0),
             Err(_) if step + 1 == PATIENCE.len() => self.not_before = frames + frames / 2,
-            Err(_) => self.impatience += usize::from(frames > LIMIT),
+            Err(_) => self.impatience += usize::from(frames > LIMIT && !early),
         }
         done
     }

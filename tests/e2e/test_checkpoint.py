@@ -204,6 +204,31 @@ def test_the_wal_is_bounded_under_readers_that_always_overlap():
         check_rows(path, broker.record)
 
 
+@timeout(60)
+def test_the_wal_begins_anew_when_a_reader_that_stayed_is_gone():
+    with Broker() as broker:
+        path = made(broker)
+        db, reader = traced(path, broker), traced(path)
+        db.execute("PRAGMA synchronous=NORMAL")
+
+        def log():
+            return db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1]
+
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM rows").fetchone()
+        for seq in range(20000):
+            db.execute("INSERT INTO rows VALUES(0, ?, ?)", (seq, "x" * 3000))
+        grown = frames(path)
+        assert grown > 2 * LIMIT, grown
+        reader.execute("COMMIT")
+        for seq in range(20000, 22000):
+            db.execute("INSERT INTO rows VALUES(0, ?, ?)", (seq, "x" * 3000))
+        left = log()
+        assert left < LIMIT, f"{left} frames, {grown} when the reader went"
+        reader.close()
+        db.close()
+
+
 def pid_of_checkpointer(broker):
     return wait_until(lambda: broker.status()["broker"]["checkpointer"], what="a checkpointer")
 
