@@ -153,10 +153,15 @@ fn plain_request(main: &mut MainFile, request: Request, slots: Slots) -> Result<
 /// A checkpoint begins: in a turn of its own if that is to be had soon. While others append, it never comes to the
 /// WAL's end, the WAL is never begun anew, and from then on every commit ends with a checkpoint that syncs.
 fn acquire_checkpoint(main: &mut MainFile, slots: Slots) -> Result<c_int, Lost> {
-    let request = Request::ShmExclusive { slots, blocking: main.asked_for_checkpoint() };
+    let blocking = main.asked_for_checkpoint();
+    let request = Request::ShmExclusive { slots, blocking };
     let ahead = main.reads_nothing() && !crate::planted::planted("checkpoint-beside-writers");
     let begun = Instant::now();
-    let verdict = main.ask(Ask { request, ahead }, || begun.elapsed() >= CHECKPOINT_PATIENCE)?.verdict;
+    let mut verdict = main.ask(Ask { request, ahead }, || begun.elapsed() >= CHECKPOINT_PATIENCE)?.verdict;
+    if verdict == Verdict::Busy && blocking {
+        // The broker's, if it is that: it ends by itself, and later than a turn is waited for.
+        verdict = main.ask(Ask { request, ahead: false }, || false)?.verdict;
+    }
     let Verdict::Granted { turn, .. } = verdict else { return Ok(ffi::SQLITE_BUSY) };
     main.turn = turn;
     note_held(main, slots, false);
