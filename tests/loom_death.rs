@@ -131,3 +131,15 @@ fn one_dies_opening_the_wal_index() {
     };
     check(&[], || Scenario::new().mortal(1, open).seat(2, open).seat(3, open));
 }
+
+#[test]
+fn one_dies_in_a_hurry() {
+    check(&[], || {
+        Scenario::new()
+            .hurry()
+            .mortal(1, Actor::take_and_end)
+            .seat(2, Actor::take_and_end)
+            .seat(3, Actor::take_and_end)
+            .preemptions(2)
+    });
+}

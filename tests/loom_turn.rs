@@ -246,3 +246,16 @@ fn a_recovery_and_a_checkpoint_beside_a_transaction() {
             .preemptions(3)
     });
 }
+
+/// Who is awake takes the turn before one that stands in the line and is not: that one is woken each time.
+#[test]
+fn those_in_a_hurry_leave_nobody_asleep() {
+    check(&["no-kick-after-release"], || {
+        Scenario::new()
+            .hurry()
+            .seat(1, Actor::take_and_end)
+            .seat(2, Actor::take_and_end)
+            .seat(3, Actor::take_and_end)
+            .preemptions(2)
+    });
+}

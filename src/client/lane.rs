@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 /// How long a waiter that has been woken looks for its turn before it sleeps again: the rest of a short transaction.
 const SPIN_MICROS: u64 = 30;
 /// How long a waiter whose commits share syncs looks for its turn before it stands in the line.
-const HURRY_MICROS: u64 = 50;
+const HURRY_MICROS: u64 = 100;
 /// A turn that is free for so long is not between two transactions of a streak.
 const IDLE_MICROS: u64 = 5;
 /// A wait is told to the broker, which looks for cycles and for turns that nobody uses, after this long.
@@ -164,11 +164,7 @@ fn hurry(seat: &Seat, ask: Ask) -> Option<Verdict> {
     let until = seat.parking.micros() + HURRY_MICROS;
     loop {
         for _ in 0..16 {
-            let word = turn.load();
-            if word.is_contended() {
-                return None;
-            }
-            if word.is_free()
+            if turn.load().is_free()
                 && let Attempt::Done(verdict) = seat.attempt(ask)
             {
                 return Some(verdict);
@@ -178,6 +174,7 @@ fn hurry(seat: &Seat, ask: Ask) -> Option<Verdict> {
         if seat.parking.micros() >= until {
             return None;
         }
+        std::thread::yield_now();
     }
 }
 
@@ -185,6 +182,10 @@ fn hurry(seat: &Seat, ask: Ask) -> Option<Verdict> {
 /// part of that, asleep, and then looked for.
 fn come(seat: &Seat) {
     let turn = seat.turn();
+    if seat.own.hurries.get() {
+        seat.mark(ARRIVED);
+        return look_for(seat, HURRY_MICROS);
+    }
     let Some(words) = seat.table.seat(seat.id) else { return };
     // Free and still free: nobody goes on with a streak.
     let word = turn.load();
@@ -206,7 +207,13 @@ fn come(seat: &Seat) {
         seat.parking.park(words, NAPPING, Duration::from_micros(LEAST_STREAK_MICROS));
     }
     seat.mark(ARRIVED);
-    let until = seat.parking.micros() + SPIN_MICROS;
+    look_for(seat, SPIN_MICROS);
+}
+
+/// Looks for a turn that is nobody's, for so many microseconds.
+fn look_for(seat: &Seat, micros: u64) {
+    let turn = seat.turn();
+    let until = seat.parking.micros() + micros;
     loop {
         for _ in 0..32 {
             if turn.load().holder().is_none() {

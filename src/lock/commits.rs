@@ -46,6 +46,8 @@ const FAILED: u64 = 1 << 63;
 const FIRST_GUESS_MICROS: u64 = 200;
 /// A sync that takes twice as long as usual, and this many microseconds, is overtaken: its leader may be gone.
 const OVERDUE_MICROS: u64 = 1000;
+/// So many commits are two groups: one is synced while the other one is written.
+const TWO_GROUPS: u64 = 16;
 /// Longest wait for a group to fill, in microseconds.
 const PATIENCE_MICROS: u64 = 5000;
 
@@ -186,6 +188,7 @@ impl<'a> Commits<'a> {
         let place = self.place(number);
         place[0].store(from.to_word(), SeqCst);
         place[1].store(to.to_word(), SeqCst);
+        self.issued().at.store(self.rounds.micros(), SeqCst);
         self.issued().newest.store(number, SeqCst);
         Some(Awaited { number, failures })
     }
@@ -311,13 +314,18 @@ impl<'a> Commits<'a> {
             };
         }
         let waiting = self.newest().saturating_sub(durable);
-        let ended = synced.ended.load(SeqCst);
-        let from = if ended <= now { since.max(ended) } else { since };
+        // As long as others come. A time that is ahead of ours is nobody's.
+        let latest = synced.ended.load(SeqCst).max(self.issued().at.load(SeqCst));
+        let from = if latest <= now { since.max(latest) } else { since };
         let until = from + usual.min(PATIENCE_MICROS);
-        if waiting >= synced.expected.load(SeqCst) || now >= until {
+        let expected = synced.expected.load(SeqCst);
+        let enough = if expected >= TWO_GROUPS { expected / 2 } else { expected };
+        if waiting >= enough || now >= until {
             return Look::Lead(0);
         }
-        Look::Sleep(until - now)
+        // The first to wait looks after the others; if it is gone, they wait as for a leader that is.
+        let first = awaited.number == durable + 1;
+        Look::Sleep(if first { until - now } else { usual * 2 + OVERDUE_MICROS })
     }
 
     /// Leads a sync instead of `instead`, unless somebody else has just begun to.

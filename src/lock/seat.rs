@@ -113,9 +113,10 @@ impl<'a> Seat<'a> {
             return true;
         }
         let in_streak = Cell::new(false);
-        let taken = turn.try_take(self.id, self.own.in_line.get(), || {
-            in_streak.set(self.own.streak_since.get() != 0 && self.streak() != Streak::Over);
-            in_streak.get()
+        let hurries = self.own.hurries.get();
+        let taken = turn.try_take(self.id, self.own.in_line.get(), |again, first| {
+            in_streak.set(again && self.own.streak_since.get() != 0 && self.streak() < Streak::Over);
+            in_streak.get() || hurries && turn.is_young(first)
         });
         if taken {
             if !in_streak.get() {
@@ -140,8 +141,11 @@ impl<'a> Seat<'a> {
 
     /// Called when somebody waits: begins the streak if there is none.
     fn streak(&self) -> Streak {
-        if !self.parking.streaks() || self.own.hurries.get() {
+        if !self.parking.streaks() {
             return Streak::Over;
+        }
+        if self.own.hurries.get() {
+            return Streak::Hurry;
         }
         let now = self.parking.micros().max(1);
         if self.own.streak_since.get() == 0 {

@@ -33,14 +33,20 @@ const GENERATION: u64 = 1 << 32;
 const NOBODY: SeatId = 0;
 
 /// How long the holder has been taking its turn again and again although somebody waits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Streak {
     /// Long enough only if the next one is awake and looking for its turn.
     Young,
     /// Long enough if it is near.
     Old,
     Over,
+    /// The holder does not come back at once. Whoever is awake may take the turn while the first in the line is woken,
+    /// unless that has waited for [`HURRY_MILLIS`].
+    Hurry,
 }
+
+/// How long others may go before one that stands in the line, while it is not awake.
+pub const HURRY_MILLIS: u64 = 4;
 
 /// The turn's word as it was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,9 +111,9 @@ impl<'a> Turn<'a> {
         self.load().holder() == Some(seat)
     }
 
-    /// Takes the turn if it is the seat's to take: nobody waits, or the seat is first in the line, or it had it
-    /// last and may go on with its streak.
-    pub fn try_take(&self, seat: SeatId, in_line: bool, streak: impl Fn() -> bool) -> bool {
+    /// Takes the turn if it is the seat's to take: nobody waits, or the seat is first in the line, or `passes` says that
+    /// it may go before that one, which is not awake yet. `passes` is told whether the seat had the turn last.
+    pub fn try_take(&self, seat: SeatId, in_line: bool, passes: impl Fn(bool, SeatId) -> bool) -> bool {
         loop {
             let word = self.load();
             if word.holder() == Some(seat) {
@@ -127,7 +133,7 @@ impl<'a> Turn<'a> {
                     None => true,
                     Some((_, first)) if first == seat || planted("line-jumped") => true,
                     Some((_, first)) => {
-                        !in_line && word.seat() == seat && !self.has_arrived(first) && streak()
+                        !in_line && !self.has_arrived(first) && passes(word.seat() == seat, first)
                     }
                 },
             };
@@ -191,6 +197,7 @@ impl<'a> Turn<'a> {
             };
             let offered = match (self.state(next), streak()) {
                 (_, Streak::Over) | (ARRIVED, _) => true,
+                (_, Streak::Hurry) => !self.is_young(next),
                 (NAPPING, streak) => streak == Streak::Old,
                 _ => false,
             };
@@ -292,6 +299,12 @@ impl<'a> Turn<'a> {
             }
         }
         self.kick();
+    }
+
+    /// It has not stood in the line for long.
+    pub fn is_young(&self, seat: SeatId) -> bool {
+        let since = self.table.seat(seat).map_or(0, |s| s.since.load(SeqCst));
+        self.parking.coarse_millis().saturating_sub(since) <= HURRY_MILLIS
     }
 
     fn ticket(&self, seat: SeatId) -> Ticket {

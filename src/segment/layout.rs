@@ -144,6 +144,8 @@ pub struct IssuedWords {
     pub salts: AtomicU64,
     /// Counts how often the WAL was begun anew.
     pub generation: AtomicU64,
+    /// When the newest number was drawn, microseconds of `CLOCK_MONOTONIC`. A hint.
+    pub at: AtomicU64,
 }
 
 /// What those who sync say. All but `durable` and `failures` are hints: wrong ones cost a sync or a wait.
@@ -361,6 +363,7 @@ const _: () = {
     assert!(offset_of!(IssuedWords, newest) == 0);
     assert!(offset_of!(IssuedWords, salts) == 8);
     assert!(offset_of!(IssuedWords, generation) == 16);
+    assert!(offset_of!(IssuedWords, at) == 24);
     assert!(offset_of!(SyncedWords, durable) == 0);
     assert!(offset_of!(SyncedWords, leading) == 8);
     assert!(offset_of!(SyncedWords, since) == 16);

@@ -86,7 +86,9 @@ pub struct Actor {
 impl Actor {
     pub fn new(world: &Rc<World>, id: SeatId) -> Actor {
         let futex = Futex::new(world, id, world.streaks.get());
-        Actor { world: Rc::clone(world), id, futex, own: Own::default(), round: Cell::new(0) }
+        let own = Own::default();
+        own.hurries.set(world.hurry.get());
+        Actor { world: Rc::clone(world), id, futex, own, round: Cell::new(0) }
     }
 
     pub fn table(&self) -> Table<'_> {

@@ -114,6 +114,11 @@ impl Scenario {
         self
     }
 
+    /// Every seat's commits wait for a sync outside the turn.
+    pub fn hurry(self) -> Scenario {
+        self.streaks().setup(|w| w.hurry.set(true))
+    }
+
     pub fn streaks(self) -> Scenario {
         self.setup(|w| w.streaks.set(true))
     }

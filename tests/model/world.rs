@@ -56,6 +56,8 @@ pub struct World {
     pub had: Cell<SeatId>,
     /// A holder's streak is possible, and ends at any moment.
     pub streaks: Cell<bool>,
+    /// Seats give the turn to whoever is awake, for a while.
+    pub hurry: Cell<bool>,
     /// Where seats sleep in loom's runs.
     pub beds: Vec<(loom::sync::Mutex<()>, loom::sync::Condvar)>,
 }
@@ -115,7 +117,7 @@ impl World {
             self.standing.set(self.standing.get() & !(1 << seat));
             self.had.set(seat);
         }
-        if before.and_then(named) == Some(seat) || streak {
+        if before.and_then(named) == Some(seat) || streak || self.hurry.get() {
             return;
         }
         if word.offered_to().is_some() && ticket(self, seat) == 0 {
