@@ -144,8 +144,8 @@ pub const ALL: &[Workload] = &[
         ..BASE
     },
     Workload {
-        name: "insert-full-64",
-        about: "the same from 64 processes",
+        name: "crowd-full",
+        about: "one row a commit, durable, from 64 processes",
         synchronous: Synchronous::Full,
         counts: Counts::Always(64),
         quick: false,
