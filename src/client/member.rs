@@ -224,6 +224,11 @@ impl Member {
         self.with_seat(|_, seat| seat.has_turn()).unwrap_or(false)
     }
 
+    /// The seat is known not to have the turn. (On the socket lane the broker alone knows.)
+    pub fn has_no_turn(&self) -> bool {
+        self.with_seat(|_, seat| !seat.has_turn()).unwrap_or(false)
+    }
+
     /// The connection asks for a lock on another file: a turn that was taken ahead here, and not used, is not for
     /// this file. True: it had one. (On the socket lane the broker sees it by itself.)
     pub fn went_elsewhere(&self) -> bool {

@@ -100,7 +100,7 @@ impl MainFile {
             self.learned(|l| l.doubt(begun.text, Lesson::WritesLater), begun);
         } else if begun.writes
             && !planted("elsewhere-not-learned")
-            && !self.gated().is_some_and(Member::has_turn)
+            && self.gated().is_some_and(Member::has_no_turn)
         {
             // Its turn was taken back, or left for another file, before it was used.
             self.learned(|l| l.learn(begun.text, Lesson::WritesElsewhere), begun);
