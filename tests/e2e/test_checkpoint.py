@@ -282,7 +282,7 @@ def test_members_checkpoint_when_the_checkpointer_keeps_dying():
                                  what="another checkpointer").pop()
                 seen.add(pid)
                 os.kill(pid, signal.SIGKILL)
-            state = wait_until(lambda: (lambda c: c["by"] == "members" and c)(checkpoints(broker, path)),
+            state = wait_until(lambda: (lambda c: c and c["by"] == "members" and c)(checkpoints(broker, path)),
                                what="members' own checkpoints")
             assert "within a minute" in state["reason"], state
             results = workers.wait()

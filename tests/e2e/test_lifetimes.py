@@ -143,7 +143,7 @@ def test_in_guest_mode_a_child_is_refused_until_it_has_closed_the_inherited_conn
                                          env=broker.env)
                 try:
                     # In rollback mode the member's commit must wait for the shell's read to end.
-                    wait_until(lambda: broker.members(db, child.pid), what="the member")
+                    wait_until(lambda: broker.members(db, child.pid) or child.poll() is not None, what="the member")
                     shell.run("COMMIT")
                     assert child.communicate(timeout=60)[0] == "child 0\n", journal
                 finally:
