@@ -20,16 +20,17 @@ const TAIL: u32 = 128;
 /// How often the rest is copied beside the writers.
 const ROUNDS: usize = 2;
 /// A WAL of more frames has readers that always overlap: writers wait longer for them.
-const LIMIT: u32 = 8000;
+const LIMIT: u32 = 5000;
 /// A WAL of so many frames has outrun its checkpoint: writers wait for its end.
-const BRAKE: u32 = LIMIT + LIMIT / 4;
-/// How long readers are waited for in the turn, and past the limit from one try in vain to the next.
+const BRAKE: u32 = 2 * LIMIT;
+/// How long readers are waited for in the turn, and past the limit from one try in vain to the next. Writers wait as
+/// long.
 const PATIENCE: [Duration; 5] = [
     Duration::from_millis(1),
     Duration::from_millis(5),
+    Duration::from_millis(10),
     Duration::from_millis(20),
-    Duration::from_millis(60),
-    Duration::from_millis(200),
+    Duration::from_millis(30),
 ];
 /// Between two looks at them.
 const NAP: Duration = Duration::from_micros(50);
@@ -164,7 +165,7 @@ impl<'a> Job<'a> {
         self.work.in_turn.set(false);
         match done {
             Ok(()) => (self.impatience, self.not_before, self.last) = (0, 0, 0),
-            Err(_) if step + 1 == PATIENCE.len() => self.not_before = frames + frames / 2,
+            Err(_) if step + 1 == PATIENCE.len() => self.not_before = frames + frames / 4,
             Err(_) => self.impatience += usize::from(frames > LIMIT && !early),
         }
         done
