@@ -240,7 +240,9 @@ impl MainFile {
     /// A statement of this connection that returns rows waits, when it starts, for what was seen here.
     pub fn settles_at_rows(&mut self, at_rows: bool) {
         let file = std::ptr::from_mut(self);
-        if let Some(note) = self.note() {
+        // Not `note()` to take it back: the file may be closing, and its connection not to be asked any more.
+        let note = if at_rows { self.note() } else { self.note.1.as_deref() };
+        if let Some(note) = note {
             note.set_settling(file, at_rows);
         }
     }

@@ -107,6 +107,8 @@ unsafe extern "C" fn close(file: File) -> c_int {
             }
         };
         main.leave_note();
+        // A transaction whose session was lost did not end as others do.
+        main.settles_at_rows(false);
         open::forget(&main);
         if main.told_timeout {
             timeouts::forget(main.db());
