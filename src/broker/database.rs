@@ -87,19 +87,9 @@ impl Segment {
         Ok(Segment { control_fd, wal_index_fd, control, nonce, region0 })
     }
 
-    /// At least `wanted` regions, allocated before they are announced. The number in shared memory may be anything:
-    /// a wrong one costs its members memory, or a region.
+    /// See [`ControlMap::grow`].
     pub fn grow(&self, wanted: u32) -> io::Result<u32> {
-        let have = self.regions();
-        if wanted > MAX_REGIONS {
-            return Err(io::Error::other("the wal-index has reached its limit"));
-        }
-        if wanted > have {
-            let from = have as usize * REGION_SIZE;
-            memfd::allocate(&self.wal_index_fd, from, wanted as usize * REGION_SIZE - from)?;
-            self.control.raise_regions(wanted);
-        }
-        Ok(self.regions())
+        self.control.grow(&self.wal_index_fd, wanted).map(|regions| regions.min(MAX_REGIONS))
     }
 
     pub fn regions(&self) -> u32 {

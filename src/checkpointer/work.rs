@@ -9,29 +9,26 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use turnstile::client::lane;
+use turnstile::client::shared::Futexes;
 use turnstile::lock::commits::Commits;
-use turnstile::lock::park::{Parking, Rounds};
+use turnstile::lock::park::Parking;
 use turnstile::lock::rules::Attempt;
 use turnstile::lock::seat::{Own, Seat};
 use turnstile::lock::table::Table;
 use turnstile::lock::{Ask, FileLevel, Release, Request, SeatId, Slots, Verdict, slot};
 use turnstile::planted::planted;
-use turnstile::segment::atomic::{AtomicU32, SeqCst};
+use turnstile::segment::atomic::SeqCst;
 use turnstile::segment::futex;
 use turnstile::segment::layout::{
-    CHECKPOINTER, CheckpointWords, Control, REGION_SIZE, SeatWords, WAL_INDEX_SIZE,
+    CHECKPOINTER, CheckpointWords, Control, MAX_REGIONS, REGION_SIZE, SeatWords, WAL_INDEX_SIZE,
 };
 use turnstile::segment::mapping::ControlMap;
-use turnstile::segment::memfd;
 use turnstile::segment::wal_index::WalIndex;
 use turnstile::wire::checkpoint::FromCheckpointer;
 use turnstile::wire::socket;
 
 /// How long a checkpoint waits for its turn; then it goes on without.
 const TURN_PATIENCE: Duration = Duration::from_millis(10);
-/// Bytes of the WAL's header, and of each frame's (<https://sqlite.org/fileformat2.html#the_write_ahead_log>).
-const WAL_HEADER: u64 = 32;
-const FRAME_HEADER: u64 = 24;
 
 /// The broker's end of our socket.
 #[derive(Debug)]
@@ -86,20 +83,6 @@ impl Parking for Broker {
 
     fn streaks(&self) -> bool {
         false
-    }
-}
-
-impl Rounds for Broker {
-    fn sleep(&self, round: &AtomicU32, seen: u32, micros: u64) {
-        futex::wait(round, seen, Duration::from_micros(micros));
-    }
-
-    fn wake_all(&self, round: &AtomicU32) {
-        futex::wake_all(round);
-    }
-
-    fn micros(&self) -> u64 {
-        futex::micros()
     }
 }
 
@@ -168,7 +151,7 @@ impl Work {
 
     /// The commits that wait for a sync of the WAL.
     pub fn commits(&self) -> Commits<'_> {
-        Commits { words: &self.control().commits, rounds: &*self.broker }
+        Commits { words: &self.control().commits, rounds: &Futexes }
     }
 
     pub fn index(&self) -> WalIndex {
@@ -178,14 +161,11 @@ impl Work {
 
     /// The address of a region; it stays as long as self.
     pub fn region(&self, region: u32, extend: bool) -> io::Result<Option<*mut u8>> {
-        let have = self.control.regions();
-        if region >= have {
-            if !extend || (region as usize + 1) * REGION_SIZE > WAL_INDEX_SIZE {
+        if region >= self.control.regions() {
+            if !extend || region >= MAX_REGIONS {
                 return Ok(None);
             }
-            memfd::allocate(&self.wal_index_fd, have as usize * REGION_SIZE, REGION_SIZE)?;
-            self.control.raise_regions(have + 1);
-            return if region == have { self.region(region, false) } else { Ok(None) };
+            self.control.grow(&self.wal_index_fd, region + 1)?;
         }
         let offset = (region as usize).checked_mul(REGION_SIZE).filter(|o| *o < WAL_INDEX_SIZE);
         // SAFETY: inside the mapping.
@@ -316,8 +296,7 @@ impl Work {
             if self.index().valid_header().is_none_or(|now| now.salts() != header.salts()) {
                 continue;
             }
-            let frame = FRAME_HEADER + u64::from(header.page_size());
-            let needed = WAL_HEADER + u64::from(header.frames()) * frame;
+            let needed = header.length();
             let stale = st.st_nlink == 0 || (read == salt.len() && salt != header.salts());
             if stale && !planted("stale-wal-copied") {
                 return Err(Refused::Stale);

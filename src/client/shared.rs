@@ -11,7 +11,7 @@ use crate::segment::atomic::AtomicU32;
 use crate::segment::futex;
 use crate::segment::gate;
 use crate::segment::hold;
-use crate::segment::layout::{CheckpointWords, MAX_REGIONS, REGION_SIZE, WAL_INDEX_SIZE};
+use crate::segment::layout::{CheckpointWords, REGION_SIZE, WAL_INDEX_SIZE};
 use crate::segment::mapping::ControlMap;
 use crate::segment::memfd;
 use crate::wire::message::Role;
@@ -27,8 +27,8 @@ use std::time::Duration;
 const REGIONS_PER_CHUNK: u32 = 32;
 const CHUNK_SIZE: usize = REGIONS_PER_CHUNK as usize * REGION_SIZE;
 
-/// Waiting for a sync.
-struct Futexes;
+/// Waiting for a sync, by futexes.
+pub struct Futexes;
 
 impl Rounds for Futexes {
     fn sleep(&self, round: &AtomicU32, seen: u32, micros: u64) {
@@ -144,17 +144,12 @@ impl Shared {
         self.control.control().map(|c| Commits { words: &c.commits, rounds: &Futexes })
     }
 
-    /// At least `wanted` regions, their pages allocated before they are announced, so that nobody can meet a
-    /// SIGBUS. `None`: there is no memory for them.
+    /// At least `wanted` regions; `None`: there is no memory for them.
     pub fn grow(&self, wanted: u32) -> Option<u32> {
-        let have = self.regions();
-        if wanted > have {
-            let fd = self.wal_index_fd.get().filter(|_| wanted <= MAX_REGIONS)?;
-            let from = have as usize * REGION_SIZE;
-            memfd::allocate(fd, from, wanted as usize * REGION_SIZE - from).ok()?;
-            self.control.raise_regions(wanted);
+        if wanted <= self.regions() {
+            return Some(self.regions());
         }
-        Some(self.regions())
+        self.control.grow(self.wal_index_fd.get()?, wanted).ok()
     }
 
     /// A write transaction begins.

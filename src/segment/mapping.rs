@@ -1,10 +1,11 @@
 //! Mappings of the control memfd.
 
 use super::atomic::{AtomicU32, SeqCst};
-use super::layout::{CONTROL_SIZE, Control, Header, LAYOUT_VERSION, MAGIC};
+use super::layout::{CONTROL_SIZE, Control, Header, LAYOUT_VERSION, MAGIC, MAX_REGIONS, REGION_SIZE};
+use super::memfd;
 use memmap2::{MmapOptions, MmapRaw};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 /// [`Header::poisoned`]: the segment must not be used any more.
 const POISONED: u32 = 1;
@@ -112,14 +113,25 @@ impl ControlMap {
         let _ = self.header().poisoned.compare_exchange(0, STOPPING, SeqCst, SeqCst);
     }
 
-    /// Regions that may be touched. SeqCst pairs with [`ControlMap::raise_regions`], which follows the allocation.
+    /// Regions that may be touched. SeqCst pairs with [`ControlMap::grow`], where it follows the allocation.
     pub fn regions(&self) -> u32 {
         self.regions_word().load(SeqCst)
     }
 
-    /// At least `regions` regions have been allocated.
-    pub fn raise_regions(&self, regions: u32) {
-        self.regions_word().fetch_max(regions, SeqCst);
+    /// At least `wanted` regions of the wal-index, whose memfd this is: their pages are allocated before they are
+    /// announced, so that nobody can meet a SIGBUS. The number in shared memory may be anything: a wrong one costs its
+    /// members memory, or a region.
+    pub fn grow(&self, wal_index: impl AsFd, wanted: u32) -> io::Result<u32> {
+        let have = self.regions().min(MAX_REGIONS);
+        if wanted > MAX_REGIONS {
+            return Err(io::Error::other("the wal-index has reached its limit"));
+        }
+        if wanted > have {
+            let from = have as usize * REGION_SIZE;
+            memfd::allocate(wal_index, from, wanted as usize * REGION_SIZE - from)?;
+            self.regions_word().fetch_max(wanted, SeqCst);
+        }
+        Ok(self.regions())
     }
 
     fn regions_word(&self) -> &AtomicU32 {

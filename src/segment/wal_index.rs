@@ -7,6 +7,10 @@ use std::sync::atomic::{AtomicU32, Ordering, fence};
 
 /// `WALINDEX_MAX_VERSION` in wal.c.
 const WAL_INDEX_VERSION: u32 = 3_007_000;
+/// Bytes of the WAL's header and of each frame's: `WAL_HDRSIZE` and `WAL_FRAME_HDRSIZE` in wal.c
+/// (<https://sqlite.org/fileformat2.html#the_write_ahead_log>).
+pub const WAL_HEADER: u64 = 32;
+pub const FRAME_HEADER: u64 = 24;
 /// u32 words in one header copy.
 const HEADER_WORDS: usize = 12;
 /// Both copies and WalCkptInfo: 136 bytes (`WALINDEX_HDR_SIZE`).
@@ -41,7 +45,7 @@ impl Header {
 
     /// Where the last valid frame ends in the WAL, bytes.
     pub fn length(&self) -> u64 {
-        32 + u64::from(self.frames()) * (24 + u64::from(self.page_size()))
+        WAL_HEADER + u64::from(self.frames()) * (FRAME_HEADER + u64::from(self.page_size()))
     }
 
     /// `aSalt`: what tells one generation of the WAL from another. Its bytes are the WAL header's.

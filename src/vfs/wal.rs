@@ -6,16 +6,13 @@ use super::wrapped::{Kind, Wrapped};
 use crate::lock::commits::{Commits, Place};
 use crate::lock::slot;
 use crate::planted::planted;
-use crate::segment::wal_index::Header;
+use crate::segment::wal_index::{FRAME_HEADER, Header, WAL_HEADER};
 use crate::wire::message::Role;
 use libsqlite3_sys as ffi;
 use std::ffi::{c_int, c_void};
 
 type File = *mut ffi::sqlite3_file;
 
-/// `WAL_HDRSIZE` and `WAL_FRAME_HDRSIZE` in wal.c, bytes.
-const WAL_HEADER: u64 = 32;
-const FRAME_HEADER: u64 = 24;
 /// A connection's WAL while it is open, where its [`MainFile`] finds it.
 #[derive(Clone, Copy)]
 pub struct WalFile {
@@ -156,12 +153,12 @@ pub fn sync_wal(w: &mut Wrapped, file: File, flags: c_int) -> c_int {
         let place = |length| Place { generation, length };
         commits.issue_durable(place(0), place(WAL_HEADER));
     } else if let Some(commit) = commit {
-        if commits.salts() != commit.salts {
+        let known = commits.salts() == commit.salts;
+        if !known {
             commits.begin_generation(commit.salts);
-            commits.issue_durable(commit.to(commits), commit.to(commits));
-        } else {
-            commits.issue_durable(commit.from(commits), commit.to(commits));
         }
+        let to = commit.to(commits);
+        commits.issue_durable(if known { commit.from(commits) } else { to }, to);
     }
     ffi::SQLITE_OK
 }
