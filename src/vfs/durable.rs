@@ -101,13 +101,14 @@ impl MainFile {
     /// A snapshot has been taken, in the turn or not: remembers the newest commit in it that is not durable yet.
     pub fn note_snapshot(&mut self) {
         self.seen_in_turn = false;
-        let Some(shared) = self.gated().and_then(|m| m.shared().cloned()) else { return };
-        let commits = shared.commits();
-        self.snapshot = commits.map(|c| c.latest());
+        // Every read transaction comes by here: nothing is cloned.
+        let Some(shared) = self.gated().and_then(|m| m.shared()) else { return };
+        let known = shared.commits().map(|c| (c.latest(), c.durable()));
+        self.snapshot = known.map(|(latest, _)| latest);
         let waits = self.config.durable_reads && !planted("reads-before-sync");
-        self.seen = match commits {
+        self.seen = match known {
             _ if !waits => None,
-            Some(commits) => self.snapshot.filter(|s| commits.durable() < s.number),
+            Some((latest, durable)) => Some(latest).filter(|l| durable < l.number),
             // Laid out otherwise: nobody can say.
             None => {
                 let header = self.wal_index.map(|i| i.header());
