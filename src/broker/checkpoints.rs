@@ -6,6 +6,7 @@
 
 use super::database::{Database, State};
 use super::filesystem::mount_of;
+use super::outbox::Outbox;
 use super::server::{CHECKPOINTER_PIDFD, CHECKPOINTER_SOCKET, Server};
 use crate::planted::planted;
 use crate::segment::atomic::SeqCst;
@@ -17,9 +18,8 @@ use crate::wire::socket;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
-use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -41,7 +41,7 @@ struct Running {
     child: Child,
     socket: OwnedFd,
     pidfd: OwnedFd,
-    outbox: VecDeque<(Vec<u8>, Vec<OwnedFd>)>,
+    outbox: Outbox,
 }
 
 /// What it has to do with one database.
@@ -236,7 +236,7 @@ impl Server {
         self.epoll.add(&ours, EpollEvent::new(EpollFlags::EPOLLIN, CHECKPOINTER_SOCKET))?;
         self.epoll.add(&pidfd, EpollEvent::new(EpollFlags::EPOLLIN, CHECKPOINTER_PIDFD))?;
         tracing::info!(pid, "checkpointer started");
-        self.checkpointer.running = Some(Running { child, socket: ours, pidfd, outbox: VecDeque::new() });
+        self.checkpointer.running = Some(Running { child, socket: ours, pidfd, outbox: Outbox::default() });
         Ok(())
     }
 
@@ -351,30 +351,13 @@ impl Checkpointer {
 
     fn send(&mut self, message: &ToCheckpointer, fds: &[&OwnedFd]) -> io::Result<()> {
         let Some(running) = &mut self.running else { return Ok(()) };
-        let bytes = socket::encode(message)?;
-        let raw: Vec<_> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
-        if running.outbox.is_empty() {
-            match socket::send(&running.socket, &bytes, &raw) {
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-                other => return other,
-            }
-        }
-        let kept = fds.iter().map(|fd| fd.try_clone()).collect::<io::Result<Vec<_>>>()?;
-        running.outbox.push_back((bytes, kept));
-        Ok(())
+        // It is ours: however much is kept, it will be read, or its reader is dead.
+        running.outbox.send(&running.socket, socket::encode(message)?, fds, usize::MAX)
     }
 
     fn flush(&mut self) -> io::Result<()> {
         let Some(running) = &mut self.running else { return Ok(()) };
-        while let Some((bytes, fds)) = running.outbox.front() {
-            let raw: Vec<_> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
-            match socket::send(&running.socket, bytes, &raw) {
-                Ok(()) => drop(running.outbox.pop_front()),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(e) => return Err(e),
-            }
-        }
-        Ok(())
+        running.outbox.flush(&running.socket).map(drop)
     }
 
     fn kill(&mut self) {

@@ -15,6 +15,7 @@ pub mod join;
 pub mod joining;
 pub mod listen;
 pub mod liveness;
+mod outbox;
 pub mod parking;
 pub mod report;
 pub mod requests;

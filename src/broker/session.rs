@@ -1,13 +1,14 @@
 //! One client process's connection: its socket, what proves that it lives, what still must be sent to it.
 
 use super::liveness::{self, Peer};
+use super::outbox::Outbox;
 use crate::segment::layout::LIVENESS_SIZE;
 use crate::segment::memfd;
 use crate::wire::message::{FromBroker, Introduction, SeatKey};
 use crate::wire::socket;
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 /// Packets kept for a client that does not read them, before its session is ended.
@@ -44,7 +45,7 @@ pub struct Session {
     pub seats: BTreeSet<SeatKey>,
     pub socket: Option<OwnedFd>,
     liveness: Option<OwnedFd>,
-    outbox: VecDeque<(Vec<u8>, Vec<OwnedFd>)>,
+    outbox: Outbox,
 }
 
 impl Session {
@@ -59,7 +60,7 @@ impl Session {
             seats: BTreeSet::new(),
             socket: Some(socket),
             liveness: None,
-            outbox: VecDeque::new(),
+            outbox: Outbox::default(),
         }
     }
 
@@ -100,34 +101,12 @@ impl Session {
     /// Sends, or keeps it for when there is room. Descriptors are duplicated only if it must be kept.
     pub fn send(&mut self, message: &FromBroker, fds: &[&OwnedFd]) -> io::Result<()> {
         let Some(socket) = &self.socket else { return Ok(()) };
-        let bytes = socket::encode(message)?;
-        if self.outbox.is_empty() {
-            let raw: Vec<_> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
-            match socket::send(socket, &bytes, &raw) {
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-                other => return other,
-            }
-        }
-        if self.outbox.len() >= OUTBOX_LIMIT {
-            return Err(io::Error::other("the client does not read its answers"));
-        }
-        let kept = fds.iter().map(|fd| fd.try_clone()).collect::<io::Result<Vec<_>>>()?;
-        self.outbox.push_back((bytes, kept));
-        Ok(())
+        self.outbox.send(socket, socket::encode(message)?, fds, OUTBOX_LIMIT)
     }
 
     /// Sends what was kept; true when nothing is left.
     pub fn flush(&mut self) -> io::Result<bool> {
-        let Some(socket) = &self.socket else { return Ok(true) };
-        while let Some((bytes, fds)) = self.outbox.front() {
-            let raw: Vec<_> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
-            match socket::send(socket, bytes, &raw) {
-                Ok(()) => drop(self.outbox.pop_front()),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
-                Err(e) => return Err(e),
-            }
-        }
-        Ok(true)
+        self.socket.as_ref().map_or(Ok(true), |socket| self.outbox.flush(socket))
     }
 
     pub fn has_unsent(&self) -> bool {
