@@ -21,6 +21,8 @@ const ONE: u32 = STATE + 1;
 pub enum Rest {
     /// It rests, under this count.
     Rests(u32),
+    /// The same, and no other seat is in use: the database lingers with the broker.
+    Lingers(u32),
     /// No other seat is in use. This one is, again, and has to leave.
     Last,
     /// No other seat was in use, and the broker has closed this one.
@@ -28,8 +30,9 @@ pub enum Rest {
 }
 
 impl Table<'_> {
-    /// The connection of a seat that holds nothing is closed.
-    pub fn rest(self, seat: SeatId) -> Rest {
+    /// The connection of a seat that holds nothing is closed. `lingers`: it may rest although it is the last one, because the
+    /// broker closes it after a while; who is told so must be the broker.
+    pub fn rest(self, seat: SeatId, lingers: bool) -> Rest {
         let Some(state) = self.seat(seat).map(|s| &s.state) else { return Rest::Closed };
         let count = state.load(SeqCst) & !STATE;
         let seen = planted("rest-looks-first") && self.used_by_others(seat);
@@ -38,6 +41,9 @@ impl Table<'_> {
         }
         if seen || self.used_by_others(seat) {
             return Rest::Rests(count);
+        }
+        if lingers {
+            return Rest::Lingers(count);
         }
         match self.resume(seat, count) {
             true => Rest::Last,

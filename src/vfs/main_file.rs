@@ -47,6 +47,8 @@ pub struct MainFile {
     pub level: FileLevel,
     pub shared_slots: u8,
     pub exclusive_slots: u8,
+    /// The last thing asked for was whether the file has moved: so a close begins.
+    pub closing: bool,
     /// Between the first `xShmMap` and `xShmUnmap`.
     pub wal_open: bool,
     pub wal_index: Option<WalIndex>,
@@ -120,6 +122,7 @@ impl MainFile {
             level: FileLevel::None,
             shared_slots: 0,
             exclusive_slots: 0,
+            closing: false,
             wal_open: false,
             wal_index: None,
             turn: false,

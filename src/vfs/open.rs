@@ -233,6 +233,7 @@ fn opened_companion(name: *const c_char, file: File, flags: c_int) {
     let main = unsafe { &mut *owner.main };
     let wal = flags & ffi::SQLITE_OPEN_WAL != 0;
     let wal_of = main.gated().filter(|_| wal).and_then(|m| m.shared().cloned());
+    let mut inode = 0;
     if let Some(member) = main.gated().filter(|_| wal) {
         // SAFETY: SQLite's name for its WAL, which it has just opened.
         let path = Path::new(std::ffi::OsStr::from_bytes(unsafe { CStr::from_ptr(name) }.to_bytes()));
@@ -240,12 +241,13 @@ fn opened_companion(name: *const c_char, file: File, flags: c_int) {
         if let Some(fd) = unsafe { descriptor(file, main.library.unix, path) }
             && let Ok(st) = nix::sys::stat::fstat(fd)
         {
-            member.wal_opened(fd, st.st_ino);
+            inode = st.st_ino;
+            member.wal_opened(fd, inode);
         }
     }
     let wal = wal_of.is_some().then(|| {
         // SAFETY: just opened by the unix VFS.
-        wal::wal_opened(file, unsafe { (*file).pMethods }, main);
+        wal::wal_opened(file, unsafe { (*file).pMethods }, inode, main);
         WalWrites::new(owner.main)
     });
     // SAFETY: just opened by the unix VFS.

@@ -18,6 +18,8 @@ type File = *mut ffi::sqlite3_file;
 pub struct WalFile {
     file: File,
     real: *const ffi::sqlite3_io_methods,
+    /// 0: not known.
+    inode: u64,
 }
 
 impl std::fmt::Debug for WalFile {
@@ -35,6 +37,26 @@ impl WalFile {
     pub(super) fn truncate(self, length: u64) -> c_int {
         // SAFETY: as above.
         unsafe { (*self.real).xTruncate.map_or(ffi::SQLITE_IOERR_TRUNCATE, |f| f(self.file, length as i64)) }
+    }
+
+    /// All of `bytes` at `offset`.
+    pub(super) fn read(self, bytes: &mut [u8], offset: u64) -> bool {
+        let (to, amount) = (bytes.as_mut_ptr().cast(), bytes.len() as c_int);
+        // SAFETY: as above.
+        let rc = unsafe { (*self.real).xRead.map(|read| read(self.file, to, amount, offset as i64)) };
+        rc == Some(ffi::SQLITE_OK)
+    }
+
+    /// It is the file with that inode and has all the frames of that index.
+    pub(super) fn is(self, inode: u64, header: &Header) -> bool {
+        let (mut size, mut salts) = (0i64, [0u8; 8]);
+        // SAFETY: as above.
+        let known = unsafe { (*self.real).xFileSize.map(|f| f(self.file, &mut size)) } == Some(ffi::SQLITE_OK);
+        known
+            && self.inode == inode
+            && size as u64 >= header.length()
+            && self.read(&mut salts, 16)
+            && salts == header.salts()
     }
 
     /// Writing some bytes never harms those beside them.
@@ -89,8 +111,8 @@ impl WalWrites {
 }
 
 /// The WAL has been opened.
-pub fn wal_opened(file: File, real: *const ffi::sqlite3_io_methods, main: &mut MainFile) {
-    main.wal_file = Some(WalFile { file, real });
+pub fn wal_opened(file: File, real: *const ffi::sqlite3_io_methods, inode: u64, main: &mut MainFile) {
+    main.wal_file = Some(WalFile { file, real, inode });
 }
 
 /// It is about to close.
@@ -113,7 +135,7 @@ pub fn may_write_wal(writes: &WalWrites) -> bool {
 
 /// `xSync` of a WAL.
 pub fn sync_wal(w: &mut Wrapped, file: File, flags: c_int) -> c_int {
-    let wal = WalFile { file, real: w.real };
+    let wal = WalFile { file, real: w.real, inode: 0 };
     let Kind::Companion { wal: Some(writes), .. } = &mut w.kind else { return wal.sync(flags) };
     let (header, frame) = (writes.header.take(), writes.commit.take());
     // SAFETY: SQLite is in a call for the WAL.
