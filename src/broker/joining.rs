@@ -230,7 +230,7 @@ impl Server {
         };
         let joined = Joined { seat: key, mode, role, nonce, segment: !fds.is_empty() };
         // Before the client knows: another one that closes looks for seats in use.
-        db.table().members.set(seat);
+        db.table().hand_out(seat);
         if let Err(e) = session.send(&FromBroker::Joined { id: p.id, joined }, &fds) {
             db.table().members.clear(seat);
             return Err((Refusal::Exhausted, format!("cannot pass the segment: {e}")));

@@ -14,7 +14,7 @@ use super::server::Server;
 use crate::planted::planted;
 use crate::segment::atomic::SeqCst;
 use crate::segment::futex;
-use crate::wire::message::SeatKey;
+use crate::wire::message::{Role, SeatKey};
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 use nix::sys::stat::fstat;
@@ -70,9 +70,15 @@ impl Lingering {
             epoll.add(&opens, EpollEvent::new(EpollFlags::EPOLLIN, OPENS))?;
             Ok((moves, opens))
         };
-        let watches = if time.is_zero() { None } else { watches().map_err(|e| {
-            tracing::warn!("no inotify ({e}): databases do not linger after their last close");
-        }).ok() };
+        let watches = if time.is_zero() {
+            None
+        } else {
+            watches()
+                .map_err(|e| {
+                    tracing::warn!("no inotify ({e}): databases do not linger after their last close");
+                })
+                .ok()
+        };
         Lingering { time, closed: BTreeMap::new(), watches }
     }
 
@@ -109,14 +115,18 @@ impl Database {
     /// All of its WAL is in the file.
     pub(super) fn is_complete(&self) -> bool {
         match (&self.state, self.checkpoint_words()) {
-            (State::Gated { segment, .. }, Some(words)) => self.table().is_complete(words, segment.wal_index()),
+            (State::Gated { segment, .. }, Some(words)) => {
+                self.table().is_complete(words, segment.wal_index())
+            }
             _ => false,
         }
     }
 
     /// Somebody else has written to the file since its last close. Asked when all of its WAL is in it.
     pub(super) fn is_changed(&self) -> bool {
-        let (State::Gated { gate, .. }, Some(words)) = (&self.state, self.checkpoint_words()) else { return false };
+        let (State::Gated { gate, .. }, Some(words)) = (&self.state, self.checkpoint_words()) else {
+            return false;
+        };
         let modified = |st: &nix::sys::stat::FileStat| {
             (st.st_mtime as u64).wrapping_mul(1_000_000_000).wrapping_add(st.st_mtime_nsec as u64)
         };
@@ -145,7 +155,8 @@ impl Server {
         if db.linger.settling {
             return true;
         }
-        let served = db.checkpoints.has_wal() && db.checkpoint_words().is_some_and(|w| w.duty.load(SeqCst) != 0);
+        let served =
+            db.checkpoints.has_wal() && db.checkpoint_words().is_some_and(|w| w.duty.load(SeqCst) != 0);
         if !db.linger.may || db.linger.settled || !served || !db.nobody_has_it() || !db.is_complete() {
             db.linger.until = None;
             return false;
@@ -161,7 +172,8 @@ impl Server {
 
     /// False: it cannot be watched.
     fn watch_file(&mut self, number: u32) -> bool {
-        let (Some((moves, opens)), Some(db)) = (&self.lingering.watches, self.databases.get_mut(&number)) else {
+        let (Some((moves, opens)), Some(db)) = (&self.lingering.watches, self.databases.get_mut(&number))
+        else {
             return false;
         };
         let State::Gated { gate, .. } = &db.state else { return false };
@@ -242,10 +254,11 @@ impl Server {
         let Some(db) = self.databases.get_mut(&number) else { return };
         let opened = db.linger.opened.take_if(|(at, _)| *at <= now);
         let Some(words) = db.checkpoint_words() else { return };
-        // Before the look: a seat that comes to rest after it says so again.
-        words.told.store(0, SeqCst);
         let rested = words.rested_at.load(SeqCst);
-        if !db.nobody_has_it() {
+        let read_write = |seat: &u32| db.seats.get(seat).is_some_and(|s| s.role == Role::ReadWrite);
+        if !db.table().all_rest(&words.told, db.seats.keys().copied())
+            || !db.seats.keys().all(|s| read_write(s))
+        {
             db.linger.until = None;
             return;
         }
@@ -300,7 +313,9 @@ impl Server {
         let other = |d: &Database| {
             d.identity != identity && d.home.as_ref() == Some(home) && (d.lingers() || d.linger.settling)
         };
-        let Some(number) = self.databases.iter().find(|(_, d)| other(d)).map(|(n, _)| *n) else { return false };
+        let Some(number) = self.databases.iter().find(|(_, d)| other(d)).map(|(n, _)| *n) else {
+            return false;
+        };
         if let Some(db) = self.databases.get_mut(&number).filter(|d| !d.linger.settling) {
             let now = Instant::now();
             db.linger.opened = Some((now, u64::MAX));

@@ -5,6 +5,7 @@ use super::joining::lock;
 use super::member::Member;
 use super::resting;
 use crate::lock::rest::Rest;
+use crate::lock::table::Table;
 use crate::planted::planted;
 use crate::segment::atomic::SeqCst;
 use crate::segment::futex;
@@ -58,7 +59,7 @@ impl Member {
         let Some(words) = self.shared().and_then(|s| s.checkpoint()) else { return false };
         words.rested_at.store(futex::coarse_millis(), SeqCst);
         let message = ToBroker::Lingers { seat: self.joined.seat };
-        words.told.swap(1, SeqCst) != 0 || self.connected.session.send(&message, &[]).is_ok()
+        !Table::must_tell(&words.told) || self.connected.session.send(&message, &[]).is_ok()
     }
 
     fn may_rest(&self) -> bool {

@@ -311,6 +311,7 @@ impl Member {
         if let Some(words) = words.filter(|w| w.duty.load(SeqCst) != 0 && w.wal_inode.load(SeqCst) != inode) {
             let message = ToBroker::WalFile { seat: self.joined.seat };
             if self.session().send(&message, &[fd.as_raw_fd()]).is_ok() {
+                words.wal_linked.store(0, SeqCst);
                 words.wal_inode.store(inode, SeqCst);
             }
         }

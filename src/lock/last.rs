@@ -20,6 +20,11 @@ impl Table<'_> {
         !seen.unwrap_or_else(|| self.wal_stays_open(seat))
     }
 
+    /// It has closed the wal-index.
+    pub fn closed(self, seat: SeatId) {
+        self.set_file(seat, WAL_OPEN | CLOSING, false);
+    }
+
     fn wal_stays_open(self, seat: SeatId) -> bool {
         let stays = |s| self.seat(s).is_some_and(|w| w.file.load(SeqCst) & (WAL_OPEN | CLOSING) == WAL_OPEN);
         self.file_hinted().filter(|s| *s != seat && *s != CHECKPOINTER).any(stays)

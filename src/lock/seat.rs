@@ -8,7 +8,7 @@ use super::turn::{Streak, Turn};
 use super::{Ask, FileLevel, Release, Request, SeatId, Verdict, slot};
 use crate::planted::planted;
 use crate::segment::atomic::{Relaxed, SeqCst};
-use crate::segment::layout::{CHECKPOINTER, CLOSING, PARKED, PROBATION_OPEN, PROBATION_OVER, RUNNING, WAL_OPEN};
+use crate::segment::layout::{CHECKPOINTER, PARKED, PROBATION_OPEN, PROBATION_OVER, RUNNING};
 use std::cell::Cell;
 
 /// How long, in microseconds, a seat may go on taking the turn while the next one is on its way.
@@ -329,7 +329,7 @@ impl<'a> Seat<'a> {
     }
 
     pub fn close_wal_index(&self) {
-        self.table.set_file(self.id, WAL_OPEN | CLOSING, false);
+        self.table.closed(self.id);
     }
 
     /// Whether another seat holds RESERVED: the RESERVED word alone. PENDING means a reader takes a half-written

@@ -280,6 +280,9 @@ pub struct CheckpointWords {
     /// broker before it looks for the last time. When a member dies between setting and telling, the broker looks when it
     /// clears that seat.
     pub told: AtomicU32,
+    /// Non-zero: the WAL of `wal_inode` is in its directory on the disk. Set by who has synced that, cleared before
+    /// `wal_inode` changes.
+    pub wal_linked: AtomicU32,
 }
 
 /// [`SeatWords::turn_for`]: a transaction that was said to write.

@@ -57,6 +57,7 @@ const _: () = {
     assert!(offset_of!(CheckpointWords, modified) == 40);
     assert!(offset_of!(CheckpointWords, rested_at) == 48);
     assert!(offset_of!(CheckpointWords, told) == 56);
+    assert!(offset_of!(CheckpointWords, wal_linked) == 60);
     assert!(offset_of!(Control, checkpoint) == 2048 - 2 * 64);
     assert!(offset_of!(Control, learned) == 2048 - 64);
     assert!(offset_of!(IssuedWords, newest) == 0);

@@ -10,7 +10,7 @@
 //! file's size and modification time, which the last close sets to a nanosecond that the kernel's clock would hardly give.
 
 use super::main_file::MainFile;
-use super::wal::WalFile;
+use super::wal_file::WalFile;
 use super::wrapped::descriptor;
 use crate::lock::slot;
 use crate::planted::planted;
@@ -40,9 +40,7 @@ impl RealFile {
         let amount = bytes.len() as c_int;
         // SAFETY: the unix VFS's own method on its own open file, in a call of SQLite's for that file.
         let rc = unsafe {
-            (*self.methods)
-                .xWrite
-                .map(|write| write(self.file, bytes.as_ptr().cast(), amount, offset as i64))
+            (*self.methods).xWrite.map(|write| write(self.file, bytes.as_ptr().cast(), amount, offset as i64))
         };
         rc == Some(ffi::SQLITE_OK)
     }
@@ -111,7 +109,12 @@ impl MainFile {
         // Who reads an older snapshot needs the pages as they are, and who reads without the WAL needs them all.
         let in_the_way = (slot::READ0 + 1..slot::COUNT)
             .filter(|s| index.read_mark(usize::from(s - slot::READ0)) < header.frames())
-            .any(|s| !member.fence(1 << s) || { member.unfence(1 << s); false });
+            .any(|s| {
+                !member.fence(1 << s) || {
+                    member.unfence(1 << s);
+                    false
+                }
+            });
         if header.frames() - from > MOST_FRAMES || in_the_way || !member.fence(1 << slot::READ0) {
             return Err(left());
         }
@@ -129,14 +132,17 @@ impl MainFile {
 
     /// What is copied must be on the disk before: the rest of the WAL is synced, if it is not.
     fn all_synced(&self, header: &Header, wal: WalFile) -> Result<bool, Left> {
-        let Some(commits) = self.gated().and_then(|m| m.shared()).and_then(|s| s.commits()) else { return Ok(false) };
+        let Some(commits) = self.gated().and_then(|m| m.shared()).and_then(|s| s.commits()) else {
+            return Ok(false);
+        };
         let salts = u64::from_ne_bytes(header.salts());
         if commits.cover(salts, header.length()) || planted("last-close-copies-unsynced") {
             return Ok(true);
         }
         let sync = commits.begin();
         let flags = if self.sync_flags == 0 { ffi::SQLITE_SYNC_NORMAL } else { self.sync_flags };
-        if wal.sync(flags) != ffi::SQLITE_OK {
+        let words = self.gated().and_then(|m| m.shared()).and_then(|s| s.checkpoint());
+        if wal.sync(flags, words) != ffi::SQLITE_OK {
             commits.fail(sync);
             return Err(Left { sync_failed: true });
         }
@@ -199,7 +205,10 @@ impl MainFile {
         if whole {
             // Somebody has written to the file, and the WAL is not its any more. (Or has only touched it: then the WAL
             // holds nothing that the file does not, and is not needed once that is on the disk.)
-            let text = format!("{} was changed by somebody else after its last close: its WAL is dropped", self.path);
+            let text = format!(
+                "{} was changed by somebody else after its last close: its WAL is dropped",
+                self.path
+            );
             self.library.log(ffi::SQLITE_NOTICE, &text);
             if !real.sync() || self.wal_file.is_none_or(|wal| wal.truncate(0) != ffi::SQLITE_OK) {
                 return false;

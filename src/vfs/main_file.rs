@@ -5,7 +5,7 @@ use super::api::Library;
 use super::note::Note;
 use super::statement::Connection;
 use super::waiting::{Rerun, Vain};
-use super::wal::WalFile;
+use super::wal_file::WalFile;
 use crate::client::activity::Activity;
 use crate::client::config::Config;
 use crate::client::fork;

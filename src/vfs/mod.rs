@@ -27,4 +27,5 @@ mod statement;
 mod timeouts;
 mod waiting;
 mod wal;
+mod wal_file;
 mod wrapped;
