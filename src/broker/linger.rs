@@ -13,8 +13,8 @@ use super::database::{Database, Identity, State};
 use super::server::Server;
 use crate::planted::planted;
 use crate::segment::atomic::SeqCst;
-use crate::segment::futex;
-use crate::wire::message::{Role, SeatKey};
+use crate::segment::{futex, gate};
+use crate::wire::message::SeatKey;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 use nix::sys::stat::fstat;
@@ -155,19 +155,22 @@ impl Server {
         if db.linger.settling {
             return true;
         }
-        let served =
-            db.checkpoints.has_wal() && db.checkpoint_words().is_some_and(|w| w.duty.load(SeqCst) != 0);
-        if !db.linger.may || db.linger.settled || !served || !db.nobody_has_it() || !db.is_complete() {
-            db.linger.until = None;
+        if db.lingers() {
+            return true;
+        }
+        db.linger.until = None;
+        let Some(words) = db.checkpoint_words().filter(|_| db.linger.may) else { return false };
+        // One that comes back and rests again after this look says so again.
+        let all_rest = db.table().all_rest(&words.told, db.seats.keys().copied()) && db.nobody_has_it();
+        let served = db.checkpoints.has_wal() && words.duty.load(SeqCst) != 0;
+        if db.linger.settled || !all_rest || !served || !db.is_complete() {
             return false;
         }
-        if db.linger.until.is_none() {
-            let time = if stopping { Duration::ZERO } else { self.lingering.time };
-            db.linger.until = Some(Instant::now() + time);
-            tracing::debug!(database = number, "lingers");
-            return self.watch_file(number);
-        }
-        true
+        words.told.store(1, SeqCst);
+        let time = if stopping { Duration::ZERO } else { self.lingering.time };
+        db.linger.until = Some(Instant::now() + time);
+        tracing::debug!(database = number, "lingers");
+        self.watch_file(number)
     }
 
     /// False: it cannot be watched.
@@ -196,6 +199,11 @@ impl Server {
         }
         let opened = AddWatchFlags::IN_OPEN | AddWatchFlags::IN_ONESHOT;
         db.linger.opens = opens.add_watch(path.as_str(), opened).ok();
+        // Whoever opened it before it was watched for.
+        if gate::is_open_elsewhere(gate.database()) == Some(true) {
+            let rested = db.checkpoint_words().map_or(0, |w| w.rested_at.load(SeqCst));
+            db.linger.opened = Some((Instant::now() + MEMBER_COMES, rested));
+        }
         true
     }
 
@@ -255,14 +263,11 @@ impl Server {
         let opened = db.linger.opened.take_if(|(at, _)| *at <= now);
         let Some(words) = db.checkpoint_words() else { return };
         let rested = words.rested_at.load(SeqCst);
-        let read_write = |seat: &u32| db.seats.get(seat).is_some_and(|s| s.role == Role::ReadWrite);
-        if !db.table().all_rest(&words.told, db.seats.keys().copied())
-            || !db.seats.keys().all(|s| read_write(s))
-        {
+        if !db.table().all_rest(&words.told, db.seats.keys().copied()) || !db.nobody_has_it() {
             db.linger.until = None;
             return;
         }
-        let rested_for = Duration::from_millis(futex::coarse_millis().saturating_sub(rested));
+        let rested_for = Duration::from_micros(futex::micros().saturating_sub(rested));
         let wanted = match opened {
             Some((_, before)) => before == u64::MAX || before == rested,
             None => time <= rested_for || db.seats.is_empty(),

@@ -11,7 +11,7 @@ use super::waits::{Cycle, WATCH_TICK};
 use crate::wire::message::{FromBroker, HelloAnswer, PROTOCOL_MAGIC, PROTOCOL_VERSION, ToBroker};
 use crate::wire::socket;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{SockFlag, accept4};
 use std::collections::BTreeMap;
@@ -93,6 +93,8 @@ pub fn serve(options: Options) -> Result<(), ServeError> {
     signals.add(Signal::SIGTERM);
     signals.add(Signal::SIGINT);
     signals.thread_block()?;
+    // SAFETY: ignoring a signal runs no code of ours. See `gate::is_open_elsewhere`.
+    unsafe { signal(Signal::SIGIO, SigHandler::SigIgn) }?;
     let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
     let listener = Listener::bind(&options.socket, options.everyone)?;
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;

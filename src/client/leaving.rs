@@ -57,7 +57,7 @@ impl Member {
     /// The last one rests: the broker is told, unless it knows.
     fn lingers(&self) -> bool {
         let Some(words) = self.shared().and_then(|s| s.checkpoint()) else { return false };
-        words.rested_at.store(futex::coarse_millis(), SeqCst);
+        words.rested_at.store(futex::micros(), SeqCst);
         let message = ToBroker::Lingers { seat: self.joined.seat };
         !Table::must_tell(&words.told) || self.connected.session.send(&message, &[]).is_ok()
     }

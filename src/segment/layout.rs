@@ -274,7 +274,8 @@ pub struct CheckpointWords {
     pub copied_salts: AtomicU64,
     pub size: AtomicU64,
     pub modified: AtomicU64,
-    /// When the last seat came to rest with nobody else in use, `CLOCK_MONOTONIC_COARSE` in milliseconds. Written by it.
+    /// When the last seat came to rest with nobody else in use, microseconds of `CLOCK_MONOTONIC`: tells one time
+    /// from another. Written by it.
     pub rested_at: AtomicU64,
     /// Non-zero: the broker knows that all seats may be at rest, and looks by itself. Set by who tells it, cleared by the
     /// broker before it looks for the last time. When a member dies between setting and telling, the broker looks when it

@@ -21,7 +21,7 @@ type File = *mut ffi::sqlite3_file;
 /// By how much a WAL grows: half of what it has, within these, in bytes.
 const LEAST_ROOM: u64 = 64 << 10;
 const MOST_ROOM: u64 = 512 << 10;
-const ZEROS: [u8; LEAST_ROOM as usize] = [0; LEAST_ROOM as usize];
+static ZEROS: [u8; LEAST_ROOM as usize] = [0; LEAST_ROOM as usize];
 
 /// A connection's WAL while it is open, where its `MainFile` finds it.
 #[derive(Clone, Copy)]
