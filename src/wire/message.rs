@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 /// First field of the first message: anything else on this socket is not turnstile.
 pub const PROTOCOL_MAGIC: u32 = 0x7457_5253;
 /// Changes with any change of a message.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// The first message of a session; its encoding never changes, so that versions can tell each other apart.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -126,16 +126,16 @@ pub enum ToBroker {
         seat: SeatKey,
         count: u32,
     },
-    /// The seat rests and no other one is in use: the database lingers. Not answered.
-    Lingers {
-        seat: SeatKey,
-    },
     /// The seat has opened the WAL, whose descriptor follows. Not answered.
     WalFile {
         seat: SeatKey,
     },
     /// The WAL is due for a checkpoint. Not answered.
     WalGrew {
+        seat: SeatKey,
+    },
+    /// The seat rests and no other one is in use: the database lingers. Not answered.
+    Lingers {
         seat: SeatKey,
     },
 }
