@@ -13,6 +13,7 @@ use crate::segment::layout::{
 };
 use crate::segment::mapping::ControlMap;
 use crate::segment::memfd;
+use crate::segment::supervision::{self, Held, Office};
 use crate::segment::wal_index::WalIndex;
 use crate::wire::message::Role;
 use memmap2::{MmapOptions, MmapRaw};
@@ -67,6 +68,8 @@ pub struct Segment {
     pub control: ControlMap,
     pub nonce: u64,
     region0: MmapRaw,
+    /// As long as this broker lives no other one looks after it.
+    _supervised: Held,
 }
 
 impl Segment {
@@ -83,8 +86,33 @@ impl Segment {
         }
         let nonce = u64::from_ne_bytes(nonce);
         let control = ControlMap::create(&control_fd, nonce)?;
+        Segment::supervised(control_fd, wal_index_fd, control, nonce)
+    }
+
+    /// One that another broker has made. Fails if it is not what it should be, or that broker still looks after it.
+    pub fn adopt(control_fd: OwnedFd, wal_index_fd: OwnedFd, nonce: u64) -> io::Result<Segment> {
+        let sealed = memfd::is_sealed_to(&control_fd, CONTROL_SIZE)
+            && memfd::is_sealed_to(&wal_index_fd, WAL_INDEX_SIZE);
+        if !sealed {
+            return Err(io::Error::other("not a segment of this version"));
+        }
+        let control = ControlMap::open(&control_fd, nonce, true)?;
+        if control.control().is_none() {
+            return Err(io::Error::other("laid out by another version"));
+        }
+        Segment::supervised(control_fd, wal_index_fd, control, nonce)
+    }
+
+    fn supervised(
+        control_fd: OwnedFd,
+        wal_index_fd: OwnedFd,
+        control: ControlMap,
+        nonce: u64,
+    ) -> io::Result<Segment> {
         let region0 = MmapOptions::new().len(REGION_SIZE).map_raw(&wal_index_fd)?;
-        Ok(Segment { control_fd, wal_index_fd, control, nonce, region0 })
+        let _supervised = supervision::take(&control_fd, Office::Broker)?
+            .ok_or_else(|| io::Error::other("another broker looks after it"))?;
+        Ok(Segment { control_fd, wal_index_fd, control, nonce, region0, _supervised })
     }
 
     /// See [`ControlMap::grow`].
@@ -143,6 +171,20 @@ fn table(state: &State) -> Table<'_> {
 }
 
 impl Database {
+    pub fn new(identity: Identity, state: State) -> Database {
+        Database {
+            identity,
+            home: None,
+            state,
+            queue: Queue::default(),
+            seats: BTreeMap::new(),
+            watch: Watch::default(),
+            checkpoints: Checkpoints::default(),
+            deadlocks: 0,
+            turns_revoked: 0,
+        }
+    }
+
     pub fn table(&self) -> Table<'_> {
         table(&self.state)
     }

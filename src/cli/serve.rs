@@ -26,6 +26,13 @@ pub struct ServeArgs {
     /// Leave checkpoints to the programs, as SQLite does.
     #[arg(long)]
     no_checkpointer: bool,
+    /// Take over from the broker that serves the socket now: its members go on without noticing. (It is sent SIGUSR2,
+    /// on which it leaves everything to its keeper and ends.)
+    #[arg(long)]
+    replace: bool,
+    /// Start no process that keeps databases for the next broker if this one is killed.
+    #[arg(long, hide = true)]
+    no_keeper: bool,
     /// Write one byte to this descriptor once the socket listens.
     #[arg(long, value_name = "FD", hide = true)]
     ready_fd: Option<i32>,
@@ -63,6 +70,8 @@ pub fn run(args: ServeArgs) -> ExitCode {
         idle_exit: args.idle_exit,
         allow_unsafe: args.allow_unsafe_filesystems,
         checkpointer: (!args.no_checkpointer).then(|| PathBuf::from("/proc/self/exe")),
+        keeper: (!args.no_keeper).then(|| PathBuf::from("/proc/self/exe")),
+        replace: args.replace,
         ready: args.ready_fd,
     };
     match serve(options) {

@@ -2,6 +2,7 @@
 
 use super::Lost;
 use super::joining::lock;
+use super::link::Link;
 use super::member::Member;
 use super::resting;
 use crate::lock::rest::Rest;
@@ -39,10 +40,7 @@ impl Member {
     }
 
     fn may_rest(&self) -> bool {
-        self.home.is_some()
-            && self.fast.is_some()
-            && !self.connected.session.was_lost()
-            && self.shared().is_some_and(|s| s.may_rest())
+        self.home.is_some() && self.fast.is_some() && self.shared().is_some_and(|s| s.may_rest())
     }
 
     /// A seat that rests is given up.
@@ -59,14 +57,24 @@ impl Member {
         let _segments = lock(&connected.segments);
         self.unmap();
         let gone = ToBroker::LetGo { seat: self.joined.seat, count: self.count };
-        let _ = connected.session.send(&gone, &[]);
+        // Not told, the next broker sees that it is not claimed.
+        if let Some(link) = self.unclaim() {
+            let _ = link.send(&gone, &[]);
+        }
     }
 
     /// The broker has closed the seat, and its number may be another's: nothing is said.
     pub(super) fn forget(mut self) {
         let connected = Arc::clone(&self.connected);
         let _segments = lock(&connected.segments);
+        self.unclaim();
         self.unmap();
+    }
+
+    /// The seat is not this process's any more. Returns the link over which the broker knows it, if that stands.
+    fn unclaim(&self) -> Option<Arc<Link>> {
+        let seat = self.joined.seat;
+        self.connected.session.give(|had| had.seats.remove(&seat)).1
     }
 
     /// The last one that uses the segment unmaps it, and closes what it has of it.
@@ -79,14 +87,21 @@ impl Member {
     fn give_up(mut self) {
         let connected = Arc::clone(&self.connected);
         let mut segments = lock(&connected.segments);
-        self.leave_without_broker();
+        // Tries the next broker, if this one is gone.
+        let lost = connected.session.is_lost();
+        if lost {
+            self.leave_without_broker();
+        }
         let late = self.shared.clone().filter(|_| planted("late-close-of-gate"));
         if self.shared().is_some_and(|s| s.keeps_descriptors()) {
             self.unmap();
         }
-        if connected.session.is_lost() || self.say_leave().is_err() {
+        if lost {
+            self.unclaim();
             connected.forget();
-            // It may have ended with our message unread.
+        } else if self.say_leave().is_err() && connected.session.is_lost() {
+            connected.forget();
+            // It has ended with our message unread.
             self.leave_without_broker();
         }
         self.unmap();
@@ -95,21 +110,28 @@ impl Member {
     }
 
     fn say_leave(&self) -> Result<(), Lost> {
-        let session = &self.connected.session;
-        let id = session.new_id();
-        session.ask(&ToBroker::Leave { id, seat: self.joined.seat }, id, &[]).map(drop)
+        // Over another link the broker would not know the seat, or by now as somebody else's.
+        let link = self.unclaim().ok_or(Lost)?;
+        let id = self.connected.session.new_id();
+        link.ask(&ToBroker::Leave { id, seat: self.joined.seat }, id, &[]).map(drop)
     }
 
-    /// If the broker is gone: nobody closes what rests elsewhere, and holds the gate, but the last one out.
+    /// No broker is there to be told. Its keeper opens the gate, if nobody is left; is that gone too, nobody but the
+    /// last one out closes what rests elsewhere, and holds the gate.
     fn leave_without_broker(&self) {
-        if !self.shared().is_some_and(|s| s.broker_is_gone()) {
+        let Some(shared) = self.shared() else { return };
+        if !shared.broker_is_gone() {
+            let used = self.with_seat(|_, seat| {
+                seat.table.close(seat.id);
+                seat.table.used_by_others(seat.id)
+            });
+            if used == Some(false) {
+                shared.ring();
+            }
             return;
         }
         let nobody_left = self.with_seat(|_, seat| seat.table.close_all(seat.id)).unwrap_or(false);
-        if nobody_left
-            && !planted("gate-left-to-the-resting")
-            && let Some(shared) = self.shared()
-        {
+        if nobody_left && !planted("gate-left-to-the-resting") {
             let _ = shared.let_gate_go();
         }
     }
