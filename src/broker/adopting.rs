@@ -48,6 +48,7 @@ pub enum TakeoverError {
 /// A keeper that has given everything back, and what that is.
 pub struct Left {
     keeper: OwnedFd,
+    pid: i32,
     kept: Vec<(Kept, Vec<OwnedFd>)>,
 }
 
@@ -112,11 +113,11 @@ fn same_version(greeting: Greeting) -> Result<(), TakeoverError> {
 /// Asks the keeper for everything. `None`: there is none, so nothing was left.
 pub fn take_back(broker: &Path) -> Result<Option<Left>, super::ServeError> {
     let end = Instant::now() + PATIENCE;
-    let keeper = loop {
+    let (keeper, pid) = loop {
         let Some((keeper, greeting)) = keeper_of(broker)? else { return Ok(None) };
         same_version(greeting)?;
         if !greeting.occupied {
-            break keeper;
+            break (keeper, greeting.pid);
         }
         // Nobody else has the lock of this socket: its broker is on its way out.
         if Instant::now() >= end {
@@ -136,7 +137,7 @@ pub fn take_back(broker: &Path) -> Result<Option<Left>, super::ServeError> {
         }
         match packet.decode()? {
             FromKeeper::Kept(one) => kept.push((one, packet.fds)),
-            FromKeeper::All => return Ok(Some(Left { keeper, kept })),
+            FromKeeper::All => return Ok(Some(Left { keeper, pid, kept })),
         }
     }
 }
@@ -233,7 +234,7 @@ impl Server {
             }
         }
         let _ = self.epoll.add(&left.keeper, EpollEvent::new(EpollFlags::EPOLLIN, KEEPER_SOCKET));
-        self.keeping = Keeping::taken_over(left.keeper);
+        self.keeping = Keeping::taken_over(left.keeper, left.pid);
         for (number, piece) in pieces {
             self.adopt_database(number, piece);
         }

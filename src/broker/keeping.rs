@@ -33,6 +33,7 @@ pub struct Keeping {
     outbox: Outbox,
     /// None: it is an older broker's child.
     child: Option<Child>,
+    pid: i32,
     deaths: Vec<Instant>,
     given_up: bool,
 }
@@ -50,9 +51,9 @@ impl Keeping {
     }
 
     /// The keeper of the broker before, which has given everything back.
-    pub fn taken_over(socket: OwnedFd) -> Keeping {
+    pub fn taken_over(socket: OwnedFd, pid: i32) -> Keeping {
         let _ = setsockopt(&socket, SndBuf, &ROOM);
-        Keeping { socket: Some(socket), ..Keeping::default() }
+        Keeping { socket: Some(socket), pid, ..Keeping::default() }
     }
 
     fn tell(&mut self, message: &ToKeeper, fds: &[&OwnedFd]) {
@@ -193,6 +194,7 @@ impl Keeping {
         let child = command.spawn()?;
         epoll.add(&ours, EpollEvent::new(EpollFlags::EPOLLIN, KEEPER_SOCKET))?;
         tracing::info!(pid = child.id(), "keeper started");
+        self.pid = child.id() as i32;
         (self.socket, self.child, self.outbox) = (Some(ours), Some(child), Outbox::default());
         let broker = std::path::absolute(broker)?;
         self.tell(&ToKeeper::Listen { broker }, &[&listener]);
@@ -201,11 +203,7 @@ impl Keeping {
 
     /// Its pid, for `status`.
     pub fn pid(&self) -> Option<i32> {
-        let socket = self.socket.as_ref()?;
-        match &self.child {
-            Some(child) => Some(child.id() as i32),
-            None => super::liveness::peer_of(socket).ok().map(|p| p.pid).filter(|pid| *pid > 0),
-        }
+        self.socket.as_ref().map(|_| self.pid)
     }
 }
 

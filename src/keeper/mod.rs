@@ -129,6 +129,7 @@ impl Keeper {
                     LAYOUT_VERSION
                 },
                 occupied: self.broker.is_some(),
+                pid: std::process::id() as i32,
             };
             if socket::encode(&greeting).is_ok_and(|bytes| socket::send(&visitor, &bytes, &[]).is_ok()) {
                 self.visitors.push(visitor);

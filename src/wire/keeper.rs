@@ -21,6 +21,8 @@ pub struct Greeting {
     pub layout: u32,
     /// Its broker lives: nothing is given to another one.
     pub occupied: bool,
+    /// The keeper's, as it sees itself.
+    pub pid: i32,
 }
 
 /// A secret by which a session is known to the next broker.
