@@ -5,6 +5,7 @@ use super::keeping::{Keeping, keeper_path};
 use super::liveness::{self, peer_of};
 use super::server::{KEEPER_SOCKET, Server};
 use super::session::{self, Session};
+use crate::planted::planted;
 use crate::segment::atomic::SeqCst;
 use crate::segment::gate::Gate;
 use crate::segment::hold::Hold;
@@ -86,7 +87,7 @@ fn keeper_of(broker: &Path) -> io::Result<Option<(OwnedFd, Greeting)>> {
         Err(e) => return Err(e),
     };
     let uid = peer_of(&socket)?.uid;
-    if uid != nix::unistd::geteuid().as_raw() && !crate::planted::planted("keeper-is-anyone") {
+    if uid != nix::unistd::geteuid().as_raw() && !planted("keeper-is-anyone") {
         tracing::error!(path = %path.display(), uid, "another user's process listens there: it is no keeper of ours");
         return Ok(None);
     }
@@ -269,7 +270,12 @@ impl Server {
                 self.keeping.seat_gone(key);
                 continue;
             }
-            let mut seat = Seat::of(kept.session, kept.role, kept.library, kept.sqlite_version);
+            // Given out again since, and the keeper was not told: somebody's who will come back.
+            if !db.is_guest() && db.table().count(kept.seat) != kept.count && !planted("stale-seats-believed")
+            {
+                continue;
+            }
+            let mut seat = Seat::of(kept.session, kept.role, kept.library, kept.sqlite_version, kept.count);
             seat.socket_lane = kept.socket_lane;
             match self.sessions.get_mut(&kept.session) {
                 Some(session) => drop(session.seats.insert(key)),
@@ -289,16 +295,20 @@ impl Server {
             // Seats that only the segment knows of: a client's that has not come back yet.
             let unknown: Vec<_> = db.table().members.iter().filter(|s| *s != CHECKPOINTER).collect();
             for seat in unknown {
-                let of_nobody = || Seat::of(NOBODY, Role::ReadWrite, 0, String::new());
+                let count = db.table().count(seat);
+                let of_nobody = || Seat::of(NOBODY, Role::ReadWrite, 0, String::new(), count);
                 db.seats.entry(seat).or_insert_with(of_nobody);
             }
             db.lane().take_over();
+            if let State::Gated { segment, .. } = &db.state {
+                segment.control.go_on();
+            }
             db.checkpoints.predecessor = true;
         }
         // Whoever waits has told the last broker.
         db.watch.watched = true;
         let waiting: Vec<_> = db.waiting().collect();
-        self.next_database = self.next_database.max(number.wrapping_add(1));
+        self.next_database = self.next_database.max(number.saturating_add(1));
         self.databases.insert(number, db);
         for seat in waiting {
             self.look_for_cycle(SeatKey { database: number, seat }, Instant::now());
@@ -312,10 +322,8 @@ impl Server {
             State::Guest { .. } => true,
         };
         let due = self.databases.iter().filter(|(_, d)| d.checkpoints.predecessor);
-        let due: Vec<u32> = due
-            .filter(|(_, d)| gone(d) || crate::planted::planted("two-checkpointers"))
-            .map(|(n, _)| *n)
-            .collect();
+        let due: Vec<u32> =
+            due.filter(|(_, d)| gone(d) || planted("two-checkpointers")).map(|(n, _)| *n).collect();
         for number in due {
             let Some(db) = self.databases.get_mut(&number) else { continue };
             db.checkpoints.predecessor = false;
@@ -336,7 +344,7 @@ impl Server {
 }
 
 impl Seat {
-    pub fn of(session: u64, role: Role, library: u64, sqlite_version: String) -> Seat {
+    pub fn of(session: u64, role: Role, library: u64, sqlite_version: String, count: u32) -> Seat {
         Seat {
             session,
             role,
@@ -346,6 +354,7 @@ impl Seat {
             socket_lane: role == Role::ReadOnly,
             heard: Instant::now(),
             request: None,
+            count,
         }
     }
 }

@@ -58,6 +58,8 @@ pub struct Seat {
     pub heard: Instant,
     /// The request that waits for an answer.
     pub request: Option<u64>,
+    /// How often its number had been given out when it was taken.
+    pub count: u32,
 }
 
 /// The two memfds of a gated database and the broker's own mappings of them.
@@ -76,8 +78,6 @@ impl Segment {
     pub fn create() -> io::Result<Segment> {
         let control_fd = memfd::create(c"turnstile-control", CONTROL_SIZE)?;
         let wal_index_fd = memfd::create(c"turnstile-wal-index", WAL_INDEX_SIZE)?;
-        memfd::allocate(&control_fd, 0, CONTROL_SIZE)?;
-        memfd::allocate(&wal_index_fd, 0, REGION_SIZE)?;
         let mut nonce = [0u8; 8];
         // SAFETY: getrandom writes at most the eight bytes it is given room for.
         let n = unsafe { libc::getrandom(nonce.as_mut_ptr().cast(), nonce.len(), 0) };
@@ -109,6 +109,9 @@ impl Segment {
         control: ControlMap,
         nonce: u64,
     ) -> io::Result<Segment> {
+        // A client may have made them: what is touched here must not need memory that is not there.
+        memfd::allocate(&control_fd, 0, CONTROL_SIZE)?;
+        memfd::allocate(&wal_index_fd, 0, REGION_SIZE)?;
         let region0 = MmapOptions::new().len(REGION_SIZE).map_raw(&wal_index_fd)?;
         let _supervised = supervision::take(&control_fd, Office::Broker)?
             .ok_or_else(|| io::Error::other("another broker looks after it"))?;

@@ -142,8 +142,11 @@ impl Server {
     }
 
     fn found(&mut self, candidate: &Candidate, state: State) -> u32 {
+        while self.databases.contains_key(&self.next_database) {
+            self.next_database = self.next_database.wrapping_add(1);
+        }
         let number = self.next_database;
-        self.next_database += 1;
+        self.next_database = number.wrapping_add(1);
         let mode = match &state {
             State::Gated { .. } => "gated".to_owned(),
             State::Guest { reason, .. } => format!("guest: {reason}"),
@@ -215,7 +218,8 @@ impl Server {
             }
             State::Guest { .. } => (Mode::Guest, 0),
         };
-        let joined = Joined { seat: key, mode, role, nonce, segment: !fds.is_empty() };
+        let count = db.table().count(seat);
+        let joined = Joined { seat: key, mode, role, nonce, segment: !fds.is_empty(), count };
         let taken = Seat {
             session: p.session,
             role,
@@ -225,6 +229,7 @@ impl Server {
             socket_lane: mode == Mode::Guest || role == Role::ReadOnly,
             heard: Instant::now(),
             request: None,
+            count,
         };
         // Before the client knows: the keeper is to know more than the client, and another one that closes looks for
         // seats in use.

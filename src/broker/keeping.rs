@@ -174,6 +174,7 @@ impl Keeping {
             library: seat.library,
             sqlite_version: seat.sqlite_version.clone(),
             socket_lane: seat.socket_lane,
+            count: seat.count,
         };
         self.keep(Kept::Seat(kept), &[]);
     }

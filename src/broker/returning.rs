@@ -9,7 +9,8 @@ use crate::planted::planted;
 use crate::segment::atomic::SeqCst;
 use crate::segment::gate::Gate;
 use crate::segment::hold::{self, Hold};
-use crate::segment::layout::{CLOSED, STATE};
+use crate::segment::layout::{CLOSED, CONTROL_SIZE, STATE};
+use crate::segment::memfd;
 use crate::wire::keeper::{KeptHome, Token};
 use crate::wire::message::{Claim, FromBroker, SeatKey};
 use nix::sys::stat::fstat;
@@ -83,13 +84,15 @@ impl Server {
         let Some(session) = self.sessions.get_mut(&id) else { return false };
         let Some(db) = self.databases.get_mut(&key.database) else { return false };
         let Some(seat) = db.seats.get_mut(&key.seat) else { return false };
-        if seat.session == NOBODY && session.proven.contains(&key.database) {
-            *seat = Seat::of(id, claim.role, claim.library, super::session::printable(&claim.sqlite_version));
+        let same = seat.count == claim.count || planted("stale-claims-believed");
+        if seat.session == NOBODY && same && session.proven.contains(&key.database) {
+            let version = super::session::printable(&claim.sqlite_version);
+            *seat = Seat::of(id, claim.role, claim.library, version, claim.count);
             session.seats.insert(key);
             self.keeping.session(session);
             self.keeping.seat(key, seat);
         }
-        if seat.session != id {
+        if seat.session != id || !same {
             return false;
         }
         seat.socket_lane = claim.holds.is_some();
@@ -135,6 +138,9 @@ impl Server {
         if let Some(db) = self.databases.get(&number) {
             // Another member of it was first: this one proves that it is one.
             let State::Gated { segment, .. } = &db.state else { return Err(io::ErrorKind::NotFound.into()) };
+            if !memfd::is_sealed_to(&control, CONTROL_SIZE) {
+                return Err(io::Error::other("not a segment of this version"));
+            }
             let (ours, theirs) = (fstat(&segment.control_fd)?, fstat(&control)?);
             let same = (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino)
                 && segment.nonce == nonce

@@ -112,6 +112,7 @@ impl Member {
             role: Role::ReadWrite,
             library: join.library,
             sqlite_version: join.sqlite_version.clone(),
+            count: 0,
             holds: None,
         };
         let home = || fstat(&claim.directory).ok().zip(join.name.clone());
@@ -130,7 +131,8 @@ impl Member {
             let shared = shared.filter(|_| joined.role == Role::ReadWrite).map(Arc::downgrade);
             let fast = shared.as_ref().and_then(Weak::upgrade).is_some_and(|s| s.table().is_some());
             let holds = (!fast || planted("no-fast-lane")).then(Holds::default);
-            let seat = Claim { seat: joined.seat, role: joined.role, holds, ..had };
+            let (seat, role, count) = (joined.seat, joined.role, joined.count);
+            let seat = Claim { seat, role, count, holds, ..had };
             let noted = session.note(&link, |had| {
                 had.seats.insert(joined.seat, seat);
                 if let (Some(shared), Some(home)) = (shared, home) {

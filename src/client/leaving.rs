@@ -5,6 +5,7 @@ use super::joining::lock;
 use super::link::Link;
 use super::member::Member;
 use super::resting;
+use super::session::Had;
 use crate::lock::rest::Rest;
 use crate::planted::planted;
 use crate::wire::message::ToBroker;
@@ -73,8 +74,10 @@ impl Member {
 
     /// The seat is not this process's any more. Returns the link over which the broker knows it, if that stands.
     fn unclaim(&self) -> Option<Arc<Link>> {
-        let seat = self.joined.seat;
-        self.connected.session.give(|had| had.seats.remove(&seat)).1
+        let (seat, count) = (self.joined.seat, self.joined.count);
+        // Closed by the broker, its number may be another one's of this process.
+        let this = |had: &Had| had.seats.get(&seat).is_some_and(|c| c.count == count);
+        self.connected.session.give(|had| this(had).then(|| had.seats.remove(&seat))).1
     }
 
     /// The last one that uses the segment unmaps it, and closes what it has of it.

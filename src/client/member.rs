@@ -104,7 +104,7 @@ impl Member {
             true => session.link()?,
             false => session.link_patiently(whole)?,
         };
-        match session.has(self.joined.seat) && whole() {
+        match session.has(self.joined.seat, self.joined.count) && whole() {
             true => Ok(link),
             false => Err(Lost),
         }

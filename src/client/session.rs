@@ -195,8 +195,8 @@ impl Session {
     }
 
     /// The seat is this process's, as far as is known.
-    pub(super) fn has(&self, seat: SeatKey) -> bool {
-        !self.is_inherited() && lock(&self.had).seats.contains_key(&seat)
+    pub(super) fn has(&self, seat: SeatKey, count: u32) -> bool {
+        !self.is_inherited() && lock(&self.had).seats.get(&seat).is_some_and(|c| c.count == count)
     }
 
     /// Locks of a seat of the socket lane.

@@ -172,12 +172,13 @@ impl Database {
 
     /// A seat of a living member is in use. If all that are left rest, they are closed: closed means closed.
     fn is_used(&self, alive: impl Fn(&KeptSeat) -> bool) -> bool {
-        let living: Vec<&KeptSeat> = self.seats.values().filter(|s| alive(s)).collect();
+        let mut living: Vec<&KeptSeat> = self.seats.values().filter(|s| alive(s)).collect();
         if self.kept.guest.is_some() {
             return !living.is_empty();
         }
         let Some(map) = self.map() else { return !living.is_empty() };
         let Some(table) = map.control().map(Table::of) else { return !living.is_empty() };
+        living.retain(|s| table.count(s.seat) == s.count);
         let given_up = |s: &KeptSeat| {
             let state = table.seat(s.seat).map_or(CLOSED, |w| w.state.load(SeqCst) & STATE);
             s.role == Role::ReadWrite && state == CLOSED
@@ -196,10 +197,11 @@ impl Database {
             return;
         }
         let map = self.map();
-        // A seat that was never told of here is somebody's who may live: the gate is left to who holds it.
-        let known = |seat: SeatId| seat == CHECKPOINTER || self.seats.contains_key(&seat);
-        let table = map.as_ref().and_then(|m| m.control()).map(Table::of);
-        if !table.is_some_and(|t| t.members.iter().all(known)) {
+        let Some(table) = map.as_ref().and_then(|m| m.control()).map(Table::of) else { return };
+        // A seat that was never told of here, or given out again since, is somebody's who may live: the gate is left to
+        // who holds it.
+        let is_this = |seat: SeatId| self.seats.get(&seat).is_some_and(|s| s.count == table.count(seat));
+        if !table.members.iter().all(|seat| seat == CHECKPOINTER || is_this(seat)) {
             return;
         }
         if let Some(map) = &map {

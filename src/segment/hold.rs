@@ -94,8 +94,10 @@ pub fn copy(socket: impl AsFd) -> Option<OwnedFd> {
 }
 
 fn receive(socket: impl AsFd, how: MsgFlags) -> Option<OwnedFd> {
+    /// `SCM_MAX_FD`, net/scm.h. A client may have filled the queue itself: whatever comes is closed.
+    const MOST_FDS: usize = 253;
     let mut byte = [0u8; 1];
-    let mut control = nix::cmsg_space!(RawFd);
+    let mut control = nix::cmsg_space!([RawFd; MOST_FDS]);
     let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT | how;
     loop {
         let mut iov = [IoSliceMut::new(&mut byte)];
@@ -103,12 +105,14 @@ fn receive(socket: impl AsFd, how: MsgFlags) -> Option<OwnedFd> {
             Err(Errno::EINTR) => {}
             Err(_) => return None,
             Ok(message) => {
-                let rights = message.cmsgs().ok()?.find_map(|c| match c {
-                    ControlMessageOwned::ScmRights(fds) => fds.first().copied(),
-                    _ => None,
-                })?;
-                // SAFETY: just installed by the kernel for us; the only one, because `Hold::new` sends one.
-                return Some(unsafe { OwnedFd::from_raw_fd(rights) });
+                let mut received = Vec::new();
+                for one in message.cmsgs().ok()? {
+                    if let ControlMessageOwned::ScmRights(fds) = one {
+                        // SAFETY: just installed by the kernel for us; nobody else owns them.
+                        received.extend(fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+                    }
+                }
+                return received.into_iter().next();
             }
         }
     }

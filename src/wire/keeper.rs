@@ -67,6 +67,9 @@ pub struct KeptSeat {
     pub library: u64,
     pub sqlite_version: String,
     pub socket_lane: bool,
+    /// How often the seat's number had been given out when it was taken: the segment's word tells whether this still is
+    /// about the seat that has it now.
+    pub count: u32,
 }
 
 /// Something that is kept, or not any more.

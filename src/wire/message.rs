@@ -163,6 +163,8 @@ pub struct Claim {
     pub role: Role,
     pub library: u64,
     pub sqlite_version: String,
+    /// As in [`Joined`]: the number may be another seat's by now.
+    pub count: u32,
     /// On the socket lane: what it knows that it holds.
     pub holds: Option<Holds>,
 }
@@ -200,6 +202,8 @@ pub struct Joined {
     /// Descriptors follow, in this order: control, wal-index, then (read-write only) what holds the gate. Absent when the
     /// session has them already, and in guest mode.
     pub segment: bool,
+    /// How often the seat's number has been given out.
+    pub count: u32,
 }
 
 /// Why a join was refused.
