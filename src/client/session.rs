@@ -177,7 +177,7 @@ impl Session {
             return Err(Lost);
         }
         let current = lock(&self.current);
-        match Arc::ptr_eq(&current.link, link) || crate::planted::planted("noted-too-late") {
+        match Arc::ptr_eq(&current.link, link) {
             true => Ok(change(&mut lock(&self.had))),
             false => Err(Lost),
         }
