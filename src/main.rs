@@ -2,6 +2,7 @@
 
 mod checkpointer;
 mod cli;
+mod keeper;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -31,6 +32,9 @@ enum Command {
     /// What the broker starts for itself.
     #[command(hide = true)]
     Checkpointer,
+    /// Likewise: it outlives the broker.
+    #[command(hide = true)]
+    Keeper,
     #[command(hide = true)]
     DemoWorker(cli::demo::worker::WorkerArgs),
     #[command(hide = true)]
@@ -45,6 +49,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => cli::demo::run(args),
         Command::Bench(args) => cli::bench::run(args),
         Command::Checkpointer => checkpointer::run(),
+        Command::Keeper => keeper::run(),
         Command::DemoWorker(args) => cli::demo::worker::run(args),
         Command::BenchWorker(args) => cli::bench::worker::run(args),
     }

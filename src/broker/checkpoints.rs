@@ -55,6 +55,8 @@ pub struct Checkpoints {
     since: Option<Instant>,
     /// Asked in vain: not again before the next tick.
     paused: bool,
+    /// The last broker's checkpointer may still be at work on it.
+    pub predecessor: bool,
     /// It cannot be checkpointed here, and why.
     pub unable: Option<String>,
     /// Checkpoints that have copied something, and what the last one left.
@@ -74,6 +76,15 @@ impl Checkpoints {
 
     pub fn is_paused(&self) -> bool {
         self.paused
+    }
+
+    pub fn wal(&self) -> Option<&OwnedFd> {
+        self.wal.as_ref()
+    }
+
+    /// As the last broker has got it from a member.
+    pub fn adopt_wal(&mut self, wal: OwnedFd) {
+        self.wal = Some(wal);
     }
 }
 
@@ -95,7 +106,7 @@ impl Database {
     }
 
     /// The checkpoint is over: writers may ask for the next one, and those that wait for it go on.
-    fn answer_writers(&self) {
+    pub(super) fn answer_writers(&self) {
         if let Some(words) = self.checkpoint_words() {
             words.asked.store(0, SeqCst);
             futex::wake_all(&words.asked);
@@ -148,6 +159,7 @@ impl Server {
             Some(mount) => return db.leave_to_members(&mount.reason()),
             None => return db.leave_to_members("the broker cannot tell which filesystem its WAL is on"),
         }
+        self.keeping.wal(key.database, &wal);
         db.checkpoints.wal = Some(wal);
         if db.checkpoints.introduced {
             self.pass_wal(key.database);
@@ -181,8 +193,8 @@ impl Server {
         if state.is_running() || state.unable.is_some() {
             return;
         }
-        if state.wal.is_none() {
-            state.paused = true; // somebody will send it
+        if state.wal.is_none() || state.predecessor {
+            state.paused = true; // somebody will send it, or it will end
             return;
         }
         self.order(number, &ToCheckpointer::Checkpoint { database: number });

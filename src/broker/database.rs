@@ -14,6 +14,7 @@ use crate::segment::layout::{
 };
 use crate::segment::mapping::ControlMap;
 use crate::segment::memfd;
+use crate::segment::supervision::{self, Held, Office};
 use crate::segment::wal_index::WalIndex;
 use crate::wire::message::Role;
 use memmap2::{MmapOptions, MmapRaw};
@@ -58,6 +59,8 @@ pub struct Seat {
     pub heard: Instant,
     /// The request that waits for an answer.
     pub request: Option<u64>,
+    /// How often its number had been given out when it was taken.
+    pub count: u32,
 }
 
 /// The two memfds of a gated database and the broker's own mappings of them.
@@ -68,14 +71,14 @@ pub struct Segment {
     pub control: ControlMap,
     pub nonce: u64,
     region0: MmapRaw,
+    /// As long as this broker lives no other one looks after it.
+    _supervised: Held,
 }
 
 impl Segment {
     pub fn create() -> io::Result<Segment> {
         let control_fd = memfd::create(c"turnstile-control", CONTROL_SIZE)?;
         let wal_index_fd = memfd::create(c"turnstile-wal-index", WAL_INDEX_SIZE)?;
-        memfd::allocate(&control_fd, 0, CONTROL_SIZE)?;
-        memfd::allocate(&wal_index_fd, 0, REGION_SIZE)?;
         let mut nonce = [0u8; 8];
         // SAFETY: getrandom writes at most the eight bytes it is given room for.
         let n = unsafe { libc::getrandom(nonce.as_mut_ptr().cast(), nonce.len(), 0) };
@@ -84,8 +87,36 @@ impl Segment {
         }
         let nonce = u64::from_ne_bytes(nonce);
         let control = ControlMap::create(&control_fd, nonce)?;
+        Segment::supervised(control_fd, wal_index_fd, control, nonce)
+    }
+
+    /// One that another broker has made. Fails if it is not what it should be, or that broker still looks after it.
+    pub fn adopt(control_fd: OwnedFd, wal_index_fd: OwnedFd, nonce: u64) -> io::Result<Segment> {
+        let sealed = memfd::is_sealed_to(&control_fd, CONTROL_SIZE)
+            && memfd::is_sealed_to(&wal_index_fd, WAL_INDEX_SIZE);
+        if !sealed {
+            return Err(io::Error::other("not a segment of this version"));
+        }
+        let control = ControlMap::open(&control_fd, nonce, true)?;
+        if control.control().is_none() {
+            return Err(io::Error::other("laid out by another version"));
+        }
+        Segment::supervised(control_fd, wal_index_fd, control, nonce)
+    }
+
+    fn supervised(
+        control_fd: OwnedFd,
+        wal_index_fd: OwnedFd,
+        control: ControlMap,
+        nonce: u64,
+    ) -> io::Result<Segment> {
+        // A client may have made them: what is touched here must not need memory that is not there.
+        memfd::allocate(&control_fd, 0, CONTROL_SIZE)?;
+        memfd::allocate(&wal_index_fd, 0, REGION_SIZE)?;
         let region0 = MmapOptions::new().len(REGION_SIZE).map_raw(&wal_index_fd)?;
-        Ok(Segment { control_fd, wal_index_fd, control, nonce, region0 })
+        let _supervised = supervision::take(&control_fd, Office::Broker)?
+            .ok_or_else(|| io::Error::other("another broker looks after it"))?;
+        Ok(Segment { control_fd, wal_index_fd, control, nonce, region0, _supervised })
     }
 
     /// See [`ControlMap::grow`].
@@ -145,6 +176,21 @@ fn table(state: &State) -> Table<'_> {
 }
 
 impl Database {
+    pub fn new(identity: Identity, state: State) -> Database {
+        Database {
+            identity,
+            home: None,
+            state,
+            queue: Queue::default(),
+            seats: BTreeMap::new(),
+            watch: Watch::default(),
+            checkpoints: Checkpoints::default(),
+            linger: Linger::default(),
+            deadlocks: 0,
+            turns_revoked: 0,
+        }
+    }
+
     pub fn table(&self) -> Table<'_> {
         table(&self.state)
     }

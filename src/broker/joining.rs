@@ -148,25 +148,19 @@ impl Server {
     }
 
     fn found(&mut self, candidate: &Candidate, state: State) -> u32 {
+        while self.databases.contains_key(&self.next_database) {
+            self.next_database = self.next_database.wrapping_add(1);
+        }
         let number = self.next_database;
-        self.next_database += 1;
+        self.next_database = number.wrapping_add(1);
         let mode = match &state {
             State::Gated { .. } => "gated".to_owned(),
             State::Guest { reason, .. } => format!("guest: {reason}"),
         };
         tracing::info!(database = number, name = candidate.home.display(), identity = ?candidate.identity, mode, "opened");
-        let db = Database {
-            identity: candidate.identity,
-            home: None,
-            state,
-            queue: Default::default(),
-            seats: Default::default(),
-            watch: Default::default(),
-            checkpoints: Default::default(),
-            linger: Default::default(),
-            deadlocks: 0,
-            turns_revoked: 0,
-        };
+        let db = Database::new(candidate.identity, state);
+        self.start_keeper();
+        self.keeping.database(number, &db);
         self.databases.insert(number, db);
         self.offer_checkpoints(number);
         self.offer_linger(number);
@@ -186,7 +180,10 @@ impl Server {
                 return Err((Refusal::UnsafePlace, reason));
             }
             Some(_) => {}
-            None if role == Role::ReadWrite => db.home = Some(p.candidate.home.clone()),
+            None if role == Role::ReadWrite => {
+                self.keeping.home(number, &p.candidate.home);
+                db.home = Some(p.candidate.home.clone());
+            }
             None => {} // a reader's word binds nobody
         }
         if let State::Guest { .. } = db.state
@@ -228,28 +225,32 @@ impl Server {
             }
             State::Guest { .. } => (Mode::Guest, 0),
         };
-        let joined = Joined { seat: key, mode, role, nonce, segment: !fds.is_empty() };
-        // Before the client knows: another one that closes looks for seats in use.
+        let count = db.table().count(seat);
+        let joined = Joined { seat: key, mode, role, nonce, segment: !fds.is_empty(), count };
+        let taken = Seat {
+            session: p.session,
+            role,
+            sqlite_version: super::session::printable(&p.join.sqlite_version),
+            library: p.join.library,
+            since: SystemTime::now(),
+            socket_lane: mode == Mode::Guest || role == Role::ReadOnly,
+            heard: Instant::now(),
+            request: None,
+            count,
+        };
+        // Before the client knows: the keeper is to know more than the client, and another one that closes looks for
+        // seats in use.
+        self.keeping.session(session);
+        self.keeping.seat(key, &taken);
         db.table().hand_out(seat);
         if let Err(e) = session.send(&FromBroker::Joined { id: p.id, joined }, &fds) {
             db.table().members.clear(seat);
+            self.keeping.seat_gone(key);
             return Err((Refusal::Exhausted, format!("cannot pass the segment: {e}")));
         }
         session.seats.insert(key);
         let unsent = session.has_unsent();
-        db.seats.insert(
-            seat,
-            Seat {
-                session: p.session,
-                role,
-                sqlite_version: super::session::printable(&p.join.sqlite_version),
-                library: p.join.library,
-                since: SystemTime::now(),
-                socket_lane: mode == Mode::Guest || role == Role::ReadOnly,
-                heard: Instant::now(),
-                request: None,
-            },
-        );
+        db.seats.insert(seat, taken);
         if unsent {
             self.watch_for_room(p.session);
         }
@@ -275,10 +276,12 @@ impl Server {
     pub(super) fn clear_seat(&mut self, key: SeatKey) {
         if let Some(s) = self.sessions.values_mut().find(|s| s.seats.contains(&key)) {
             s.seats.remove(&key);
+            s.unclaimed.remove(&key);
         }
         if let Some(db) = self.databases.get_mut(&key.database) {
             db.lane().remove(key.seat);
             db.seats.remove(&key.seat);
+            self.keeping.seat_gone(key);
         }
     }
 
@@ -290,6 +293,9 @@ impl Server {
         let resting = self.databases.get(&number).filter(|_| !planted("the-resting-count"));
         for seat in resting.map(|db| db.close_all_resting()).unwrap_or_default() {
             self.clear_seat(SeatKey { database: number, seat });
+        }
+        if self.abandon_if_unclaimed(number) {
+            return;
         }
         // The checkpointer may be at work: this comes again when it is done.
         if !self.databases.get(&number).is_some_and(|d| d.seats.is_empty() && !d.checkpoints.is_running()) {
@@ -305,6 +311,8 @@ impl Server {
                 segment.control.poison();
                 gate.open();
             }
+            // Last: what it unlocks by itself it does when no broker is left.
+            self.keeping.database_gone(number);
         }
     }
 }
@@ -338,9 +346,11 @@ fn try_gate(candidate: &mut Candidate) -> Result<Option<State>, Refused> {
         Err((GateError::Conflict(Conflict::Plain(_)), ..)) => Ok(None),
         Err((GateError::Conflict(Conflict::OtherGate), ..)) => Err((
             Refusal::OtherBroker,
-            "another broker has it, or members whose broker is gone still hold its gate: use that broker's socket, \
-             or end those processes (`fuser` names them)"
-                .into(),
+            format!(
+                "another broker has it, or members whose broker is gone hold the gate of '{}' and have not come back \
+                 yet: use that broker's socket, or end those processes (`fuser` names them)",
+                candidate.home.display()
+            ),
         )),
         Err((e @ GateError::Unholdable(_), ..)) => Err((Refusal::Exhausted, e.to_string())),
         Err((GateError::Unlockable(e), ..)) => {

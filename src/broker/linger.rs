@@ -108,6 +108,11 @@ impl Database {
         self.linger.until.is_some() && self.nobody_has_it()
     }
 
+    /// Its members have been told by another broker whether it may.
+    pub(super) fn linger_as_before(&mut self) {
+        self.linger.may = self.checkpoint_words().is_some_and(|w| w.may_linger.load(SeqCst) != 0);
+    }
+
     fn nobody_has_it(&self) -> bool {
         self.seats.keys().all(|s| self.rests(*s))
     }

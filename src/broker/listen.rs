@@ -1,6 +1,7 @@
 //! The broker's socket: one broker a path, and never a moment at which the path leads nowhere.
 
 use crate::wire::socket::{new_socket, short_path};
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{Backlog, UnixAddr, bind, listen};
 use std::fs::{self, File, OpenOptions};
@@ -8,6 +9,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
@@ -17,25 +19,31 @@ pub enum ListenError {
     Io(PathBuf, io::Error),
 }
 
+/// The right to serve a path: one broker's at a time.
+#[derive(Debug)]
+pub struct Lock {
+    path: PathBuf,
+    _file: Flock<File>,
+}
+
 /// A listening socket; its path and lock go with it.
 #[derive(Debug)]
 pub struct Listener {
     pub socket: OwnedFd,
-    path: PathBuf,
-    _lock: Flock<File>,
+    lock: Lock,
 }
 
-impl Listener {
-    /// Listens on `path`, replacing the socket of a broker that died. `everyone`: any uid may connect (the proof
-    /// of access is the database's descriptor, not the socket).
-    pub fn bind(path: &Path, everyone: bool) -> Result<Listener, ListenError> {
+impl Lock {
+    /// Takes it, if it comes free within `patience`: who has it may be about to end. `everyone`: the directory, if it has
+    /// to be made, is open to any uid.
+    pub fn take(path: &Path, everyone: bool, patience: Duration) -> Result<Lock, ListenError> {
         let io_error = |e: io::Error| ListenError::Io(path.to_owned(), e);
         if let Some(dir) = path.parent().filter(|d| !d.as_os_str().is_empty() && !d.exists()) {
             let mode = if everyone { 0o755 } else { 0o700 };
             fs::DirBuilder::new().recursive(true).mode(mode).create(dir).map_err(io_error)?;
         }
         let lock_path = with_suffix(path, ".lock");
-        let lock = OpenOptions::new()
+        let mut file = OpenOptions::new()
             .create(true)
             .truncate(false)
             .write(true)
@@ -43,21 +51,34 @@ impl Listener {
             .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC)
             .open(&lock_path)
             .map_err(io_error)?;
-        let lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| match e {
-            nix::errno::Errno::EWOULDBLOCK => ListenError::Taken(path.to_owned()),
-            e => io_error(e.into()),
-        })?;
-        let socket = bind_and_rename(path, everyone).map_err(io_error)?;
-        Ok(Listener { socket, path: path.to_owned(), _lock: lock })
+        let end = Instant::now() + patience;
+        loop {
+            file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(file) => return Ok(Lock { path: path.to_owned(), _file: file }),
+                Err((file, Errno::EWOULDBLOCK)) if Instant::now() < end => file,
+                Err((_, Errno::EWOULDBLOCK)) => return Err(ListenError::Taken(path.to_owned())),
+                Err((_, e)) => return Err(io_error(e.into())),
+            };
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+impl Listener {
+    /// Listens on the path, replacing the socket of a broker that died. `everyone`: any uid may connect (the proof
+    /// of access is the database's descriptor, not the socket).
+    pub fn bind(lock: Lock, everyone: bool) -> Result<Listener, ListenError> {
+        let socket = listen_at(&lock.path, everyone).map_err(|e| ListenError::Io(lock.path.clone(), e))?;
+        Ok(Listener { socket, lock })
     }
 
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.lock.path
     }
 
     /// No new connection finds the path after this.
     pub fn unlink(&self) {
-        let _ = fs::remove_file(&self.path);
+        let _ = fs::remove_file(self.path());
     }
 }
 
@@ -68,7 +89,7 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
 }
 
 /// Binds under a temporary name and renames: whoever finds the path finds a socket that listens.
-fn bind_and_rename(path: &Path, everyone: bool) -> io::Result<OwnedFd> {
+pub(super) fn listen_at(path: &Path, everyone: bool) -> io::Result<OwnedFd> {
     if let Ok(meta) = fs::symlink_metadata(path) {
         use std::os::unix::fs::FileTypeExt;
         if !meta.file_type().is_socket() {

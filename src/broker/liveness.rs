@@ -59,6 +59,18 @@ pub fn pidfd_of_child(pid: i32) -> Option<OwnedFd> {
     (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
+/// Signals a peer: by its pidfd where there is one, so that nobody else is met who has inherited the number.
+pub fn signal(peer: &Peer, signal: nix::sys::signal::Signal) -> nix::Result<()> {
+    let Some(pidfd) = &peer.pidfd else {
+        let known = (peer.pid > 0).then(|| nix::unistd::Pid::from_raw(peer.pid));
+        return nix::sys::signal::kill(known.ok_or(nix::errno::Errno::ESRCH)?, signal);
+    };
+    let none = std::ptr::null::<libc::siginfo_t>();
+    // SAFETY: no memory is passed but a null siginfo, which means: as kill(2) would.
+    let rc = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal as i32, none, 0) };
+    nix::errno::Errno::result(rc).map(drop)
+}
+
 /// The pid that holds the liveness byte; `None`: it is free.
 pub fn liveness_owner(memfd: impl AsFd) -> Option<i32> {
     // SAFETY: libc::flock is plain data for which all-zero is valid.

@@ -3,23 +3,27 @@
 //! * [`listen`]: the socket. [`session`]: a client process. [`liveness`]: is it alive.
 //! * [`join`]: judging descriptors. [`filesystem`]: where they are. [`joining`]: gate or guest mode.
 //! * [`database`]: one database's seats, locks and segment. [`requests`]: messages become lock requests.
-//! * [`checkpoints`]: the checkpointer, a process of its own. [`waits`]: waits that would never end. [`report`]: `status`. [`stop`]: the end. [`server`]: the loop that drives it
-//!   all.
+//! * [`checkpoints`]: the checkpointer, a process of its own. [`waits`]: waits that would never end. [`report`]: `status`.
+//! * [`keeping`]: what the next broker will need. [`adopting`]: what the last one left. [`returning`]: clients that had
+//!   a session before. [`stop`]: the end. [`server`]: the loop that drives it all.
 //!
 //! One thread, no SQL. Everything that a client sent is checked before it is used.
 
+pub mod adopting;
 pub mod checkpoints;
 pub mod database;
 pub mod filesystem;
 pub mod join;
 pub mod joining;
+pub mod keeping;
 pub mod linger;
-mod listen;
+pub mod listen;
 pub mod liveness;
 mod outbox;
 pub mod parking;
 pub mod report;
 pub mod requests;
+mod returning;
 pub mod server;
 pub mod session;
 pub mod stop;

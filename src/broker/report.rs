@@ -26,6 +26,8 @@ struct BrokerReport {
     sessions: usize,
     /// The process that checkpoints, once there is something to checkpoint.
     checkpointer: Option<u32>,
+    /// The process that keeps what the next broker would need, once there is something to keep.
+    keeper: Option<i32>,
 }
 
 #[derive(Serialize)]
@@ -111,6 +113,7 @@ impl Server {
                 uptime_seconds: self.started.elapsed().as_secs(),
                 sessions: self.sessions.len(),
                 checkpointer: self.checkpointer.pid(),
+                keeper: self.keeping.pid(),
             },
             databases: self.databases.values().filter(visible).map(|d| self.describe(d)).collect(),
         };

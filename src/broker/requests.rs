@@ -27,14 +27,18 @@ impl Server {
                 let liveness = packet.fds.into_iter().next().ok_or("no liveness descriptor")?;
                 let session = self.sessions.get_mut(&id).ok_or("gone")?;
                 session.introduce(who, liveness)?;
-                let your_pid = session.peer.pid;
+                let (your_pid, token) = (session.peer.pid, session.token);
                 self.watch_pidfd(id);
                 let broker_pid = std::process::id() as i32;
-                self.send(id, &FromBroker::Welcome { session: id, broker_pid, your_pid });
+                self.send(id, &FromBroker::Welcome { session: id, broker_pid, your_pid, token });
                 Ok(())
             }
             (Stage::Open, ToBroker::Join { id: request, join }) => {
                 self.join(id, request, join, packet.fds);
+                Ok(())
+            }
+            (Stage::Open, ToBroker::HandBack { id: request, database, nonce, home }) => {
+                self.hand_back(id, request, (database, nonce, home), packet.fds);
                 Ok(())
             }
             (Stage::Open, ToBroker::WalFile { seat }) => {
@@ -176,9 +180,18 @@ impl Server {
                 tracing::warn!(client, "{text}");
                 Ok(())
             }
-            ToBroker::Introduce(_) | ToBroker::Join { .. } | ToBroker::WalFile { .. } => {
-                Err("a message out of order".into())
+            ToBroker::Resume { id: request, token } => {
+                self.resume(id, request, token);
+                Ok(())
             }
+            ToBroker::Claim { id: request, seats, last } => {
+                self.claim(id, request, seats, last);
+                Ok(())
+            }
+            ToBroker::Introduce(_)
+            | ToBroker::Join { .. }
+            | ToBroker::HandBack { .. }
+            | ToBroker::WalFile { .. } => Err("a message out of order".into()),
         }
     }
 

@@ -1,10 +1,12 @@
 //! The broker's loop: sockets, pidfds, signals and time, one thread.
 
+use super::adopting::{self, TakeoverError};
 use super::checkpoints::Checkpointer;
 use super::database::{Database, State};
 use super::joining::Forming;
+use super::keeping::Keeping;
 use super::linger::{self, Lingering};
-use super::listen::{ListenError, Listener};
+use super::listen::{ListenError, Listener, Lock};
 use super::liveness;
 use super::session::{Session, Stage};
 use super::waits::{Cycle, WATCH_TICK};
@@ -30,8 +32,9 @@ const LISTENER: u64 = 0;
 const SIGNALS: u64 = 1;
 pub(super) const CHECKPOINTER_SOCKET: u64 = 2;
 pub(super) const CHECKPOINTER_PIDFD: u64 = 3;
-/// Epoll keys of a session: its socket's is `4 * id`, its pidfd's one more.
-const KEYS: u64 = 4;
+pub(super) const KEEPER_SOCKET: u64 = 4;
+/// Epoll keys of a session: its socket's is `8 * id`, its pidfd's one more.
+const KEYS: u64 = 8;
 
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -46,6 +49,10 @@ pub struct Options {
     pub checkpointer: Option<PathBuf>,
     /// How long a database stays after its last close, once it was opened again so soon; zero: it does not.
     pub linger: Duration,
+    /// The program that outlives the broker, run with `keeper` as its argument. `None`: nothing outlives it but members.
+    pub keeper: Option<PathBuf>,
+    /// Take over from the broker that serves the socket now.
+    pub replace: bool,
     /// Written one byte and closed once the socket listens.
     pub ready: Option<i32>,
 }
@@ -54,6 +61,8 @@ pub struct Options {
 pub enum ServeError {
     #[error(transparent)]
     Listen(#[from] ListenError),
+    #[error(transparent)]
+    Takeover(#[from] TakeoverError),
     #[error("broker: {0}")]
     Io(#[from] io::Error),
 }
@@ -76,11 +85,14 @@ pub struct Server {
     pub(super) cycles: Vec<Cycle>,
     pub(super) checkpointer: Checkpointer,
     pub(super) lingering: Lingering,
+    pub(super) keeping: Keeping,
     pub(super) next_session: u64,
     pub(super) next_database: u32,
     pub(super) started: Instant,
     pub(super) idle_since: Option<Instant>,
     pub(super) stopping: Option<Instant>,
+    /// Everything is left to the keeper.
+    pub(super) handing_over: bool,
     last_tick: Instant,
     /// The listener is not listened to until the next tick.
     deaf: bool,
@@ -92,11 +104,16 @@ pub fn serve(options: Options) -> Result<(), ServeError> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);
     signals.add(Signal::SIGINT);
+    signals.add(Signal::SIGUSR2);
     signals.thread_block()?;
     // SAFETY: ignoring a signal runs no code of ours. See `gate::is_open_elsewhere`.
     unsafe { signal(Signal::SIGIO, SigHandler::SigIgn) }?;
     let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-    let listener = Listener::bind(&options.socket, options.everyone)?;
+    let patience =
+        if options.replace { adopting::replace(&options.socket)? } else { Duration::from_millis(50) };
+    let lock = Lock::take(&options.socket, options.everyone, patience)?;
+    let left = adopting::take_back(&options.socket)?;
+    let listener = Listener::bind(lock, options.everyone)?;
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     epoll.add(&listener.socket, EpollEvent::new(EpollFlags::EPOLLIN, LISTENER))?;
     epoll.add(&signals, EpollEvent::new(EpollFlags::EPOLLIN, SIGNALS))?;
@@ -119,14 +136,19 @@ pub fn serve(options: Options) -> Result<(), ServeError> {
         cycles: Vec::new(),
         checkpointer: Checkpointer::default(),
         lingering,
+        keeping: Keeping::default(),
         next_session: 1,
-        next_database: 1,
+        next_database: adopting::first_number()?,
         started: now,
         idle_since: Some(now),
         stopping: None,
+        handing_over: false,
         last_tick: now,
         deaf: false,
     };
+    if let Some(left) = left {
+        server.adopt(left);
+    }
     server.run(&signals)
 }
 
@@ -165,6 +187,7 @@ impl Server {
                 self.tick(now);
                 self.settle_all();
             }
+            self.keeping.watch(&self.epoll);
             if self.may_exit(now) {
                 return Ok(());
             }
@@ -179,6 +202,7 @@ impl Server {
                 CHECKPOINTER_SOCKET => self.checkpointer_event(event.events()),
                 CHECKPOINTER_PIDFD => self.checkpointer_died(),
                 key @ (linger::MOVES | linger::OPENS) => self.file_event(key),
+                KEEPER_SOCKET => self.keeper_event(event.events()),
                 key if key % KEYS == 0 => self.socket_event(key / KEYS, event.events()),
                 key => self.session_died(key / KEYS, "its process ended"),
             }
@@ -337,10 +361,10 @@ impl Server {
         }
     }
 
-    fn drop_session(&mut self, id: u64) {
-        if let Some(session) = self.sessions.remove(&id)
-            && let Some(pidfd) = &session.peer.pidfd
-        {
+    pub(super) fn drop_session(&mut self, id: u64) {
+        let Some(session) = self.sessions.remove(&id) else { return };
+        self.keeping.session_gone(&session);
+        if let Some(pidfd) = &session.peer.pidfd {
             let _ = self.epoll.delete(pidfd);
         }
     }
@@ -373,6 +397,8 @@ impl Server {
         for id in let_go {
             self.session_died(id, "it closed everything");
         }
+        self.clear_what_left();
+        self.offer_adopted();
         self.databases.values_mut().for_each(Database::resume_checkpoints);
         for db in self.databases.values() {
             if let State::Gated { gate, segment } = &db.state

@@ -4,10 +4,12 @@ use super::liveness::{self, Peer};
 use super::outbox::Outbox;
 use crate::segment::layout::LIVENESS_SIZE;
 use crate::segment::memfd;
+use crate::wire::keeper::{KeptSession, Token};
 use crate::wire::message::{FromBroker, Introduction, SeatKey};
 use crate::wire::socket;
 use std::collections::BTreeSet;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
@@ -22,6 +24,15 @@ pub fn printable(text: &str) -> String {
 /// The same for a file's name, which need not be UTF-8.
 pub fn printable_name(name: &[u8]) -> String {
     printable(&String::from_utf8_lossy(name))
+}
+
+/// Bytes that nobody can guess.
+pub fn random<const N: usize>() -> Result<[u8; N], String> {
+    let mut bytes = [0; N];
+    File::open("/dev/urandom")
+        .and_then(|mut f| f.read_exact(&mut bytes))
+        .map_err(|e| format!("/dev/urandom: {e}"))?;
+    Ok(bytes)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +55,14 @@ pub struct Session {
     pub who: Introduction,
     pub seats: BTreeSet<SeatKey>,
     pub socket: Option<OwnedFd>,
+    /// By this the next broker, or this one on another socket, knows it again.
+    pub token: Token,
+    /// The keeper knows it.
+    pub kept: bool,
+    /// Seats that it had on another socket and has not claimed yet.
+    pub unclaimed: BTreeSet<SeatKey>,
+    /// Databases that it has handed back, or had seats in.
+    pub proven: BTreeSet<u32>,
     liveness: Option<OwnedFd>,
     outbox: Outbox,
 }
@@ -59,9 +78,36 @@ impl Session {
             who,
             seats: BTreeSet::new(),
             socket: Some(socket),
+            token: Token::default(),
+            kept: false,
+            unclaimed: BTreeSet::new(),
+            proven: BTreeSet::new(),
             liveness: None,
             outbox: Outbox::default(),
         }
+    }
+
+    /// Another broker's: silent until it comes back or is proven dead.
+    pub fn adopted(kept: KeptSession, pidfd: OwnedFd, liveness: OwnedFd) -> Session {
+        Session {
+            id: kept.session,
+            stage: Stage::Silent,
+            since: Instant::now(),
+            peer: Peer { uid: kept.uid, pid: kept.pid, pidfd: Some(pidfd) },
+            who: kept.who,
+            seats: BTreeSet::new(),
+            socket: None,
+            token: kept.token,
+            kept: true,
+            unclaimed: BTreeSet::new(),
+            proven: BTreeSet::new(),
+            liveness: Some(liveness),
+            outbox: Outbox::default(),
+        }
+    }
+
+    pub fn liveness(&self) -> Option<&OwnedFd> {
+        self.liveness.as_ref()
     }
 
     /// Takes the client's word for who it is and its liveness memfd for proof that it lives. Fails when nothing
@@ -86,6 +132,7 @@ impl Session {
             pid: who.pid,
             container: who.container.as_deref().map(printable),
         };
+        self.token = random()?;
         self.liveness = Some(liveness);
         self.stage = Stage::Open;
         Ok(())

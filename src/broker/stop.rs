@@ -2,6 +2,7 @@
 
 use super::database::{Database, State};
 use super::server::Server;
+use nix::sys::signal::Signal;
 use nix::sys::signalfd::SignalFd;
 use std::time::{Duration, Instant};
 
@@ -10,8 +11,10 @@ const STOP_GRACE: Duration = Duration::from_secs(5);
 
 impl Server {
     pub(super) fn signalled(&mut self, signals: &SignalFd) {
-        while let Ok(Some(_)) = signals.read_signal() {
-            if self.stopping.replace(Instant::now()).is_some() {
+        while let Ok(Some(signal)) = signals.read_signal() {
+            if signal.ssi_signo == Signal::SIGUSR2 as u32 {
+                self.hand_over();
+            } else if self.stopping.replace(Instant::now()).is_some() {
                 tracing::warn!("second signal: not waiting for open transactions");
                 self.stopping = Some(Instant::now() - STOP_GRACE);
             } else {
@@ -28,6 +31,9 @@ impl Server {
     }
 
     pub(super) fn may_exit(&mut self, now: Instant) -> bool {
+        if self.handing_over {
+            return true;
+        }
         if let Some(since) = self.stopping {
             let quiet = |d: &Database| d.is_quiet() && !d.lingers();
             let quiet = self.databases.values().all(quiet) && self.forming.is_empty();
@@ -56,7 +62,7 @@ impl Server {
     /// call) and its gate opened. One with an open transaction keeps its gate, which its members hold: the
     /// kernel opens it when they end.
     fn let_everything_go(&mut self) {
-        for (_, db) in std::mem::take(&mut self.databases) {
+        for (number, db) in std::mem::take(&mut self.databases) {
             if let State::Gated { segment, .. } = &db.state {
                 segment.control.poison();
             }
@@ -69,7 +75,9 @@ impl Server {
                     tracing::warn!(database = ?db.identity, "stopped over an open transaction: its members keep the gate");
                 }
             }
+            self.keeping.database_gone(number);
         }
+        self.keeping.flush_within(Duration::from_secs(1));
         self.listener.unlink();
     }
 }

@@ -252,7 +252,7 @@ impl Server {
 
 impl Database {
     /// Seats that wait, as they say.
-    fn waiting(&self) -> impl Iterator<Item = SeatId> + '_ {
+    pub(super) fn waiting(&self) -> impl Iterator<Item = SeatId> + '_ {
         let waits = |seat: &SeatId| self.table().seat(*seat).is_some_and(|w| w.waiting.load(SeqCst) != 0);
         self.seats.keys().copied().filter(waits)
     }

@@ -23,6 +23,7 @@ use turnstile::segment::layout::{
     CHECKPOINTER, CheckpointWords, Control, MAX_REGIONS, REGION_SIZE, SeatWords, WAL_INDEX_SIZE,
 };
 use turnstile::segment::mapping::ControlMap;
+use turnstile::segment::supervision::{self, Held, Office};
 use turnstile::segment::wal_index::WalIndex;
 use turnstile::wire::checkpoint::FromCheckpointer;
 use turnstile::wire::socket;
@@ -102,6 +103,7 @@ pub struct Work {
     pub database: OwnedFd,
     pub wal: RefCell<Option<OwnedFd>>,
     control: ControlMap,
+    _office: Held,
     wal_index: MmapRaw,
     wal_index_fd: OwnedFd,
     own: Own,
@@ -119,6 +121,9 @@ impl Work {
         let Ok([control, wal_index_fd, database]) = <[OwnedFd; 3]>::try_from(fds) else {
             return Err(io::Error::other("not all of its descriptors arrived: too many open files"));
         };
+        // Not beside one that an older broker has left, which may still copy.
+        let office = supervision::take(&control, Office::Checkpointer)?
+            .ok_or_else(|| io::Error::other("another checkpointer is at work on it"))?;
         let control = ControlMap::open(&control, nonce, true)?;
         // All of it: only what has been handed out is touched.
         let wal_index = MmapOptions::new().len(WAL_INDEX_SIZE).map_raw(&wal_index_fd)?;
@@ -128,6 +133,7 @@ impl Work {
             database,
             wal: RefCell::default(),
             control,
+            _office: office,
             wal_index,
             wal_index_fd,
             own: Own::default(),

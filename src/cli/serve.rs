@@ -31,6 +31,13 @@ pub struct ServeArgs {
     /// have to wait for some milliseconds. 0s: never.
     #[arg(long, value_name = "TIME", value_parser = parse_time, default_value = "500ms")]
     linger: std::time::Duration,
+    /// Take over from the broker that serves the socket now: its members go on without noticing. (It is sent SIGUSR2,
+    /// on which it leaves everything to its keeper and ends.)
+    #[arg(long)]
+    replace: bool,
+    /// Start no process that keeps databases for the next broker if this one is killed.
+    #[arg(long, hide = true)]
+    no_keeper: bool,
     /// Write one byte to this descriptor once the socket listens.
     #[arg(long, value_name = "FD", hide = true)]
     ready_fd: Option<i32>,
@@ -69,6 +76,8 @@ pub fn run(args: ServeArgs) -> ExitCode {
         allow_unsafe: args.allow_unsafe_filesystems,
         checkpointer: (!args.no_checkpointer).then(|| PathBuf::from("/proc/self/exe")),
         linger: args.linger,
+        keeper: (!args.no_keeper).then(|| PathBuf::from("/proc/self/exe")),
+        replace: args.replace,
         ready: args.ready_fd,
     };
     match serve(options) {

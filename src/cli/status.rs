@@ -4,9 +4,10 @@ use serde_json::Value;
 use std::fmt::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use turnstile::client::greeting::ConnectError;
 use turnstile::client::member::status_report;
 use turnstile::client::place;
-use turnstile::client::session::{ConnectError, Session};
+use turnstile::client::session::Session;
 
 #[derive(clap::Args, Debug)]
 pub struct StatusArgs {

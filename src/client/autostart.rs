@@ -2,8 +2,9 @@
 
 use super::JoinError;
 use super::config::{Config, Fallback};
+use super::greeting::ConnectError;
 use super::place;
-use super::session::{ConnectError, Session};
+use super::session::Session;
 use super::spawn;
 use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::geteuid;

@@ -7,7 +7,11 @@ use super::fork::{self, PerProcess};
 use super::member::Member;
 use super::session::Session;
 use super::shared::Shared;
-use crate::wire::message::{FromBroker, Join, Mode, Refusal, Role, ToBroker};
+use crate::lock::takeover::Holds;
+use crate::planted::planted;
+use crate::wire::keeper::KeptHome;
+use crate::wire::message::{Claim, FromBroker, Join, Mode, Refusal, Role, SeatKey, ToBroker};
+use nix::sys::stat::fstat;
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
@@ -40,17 +44,25 @@ fn connected(config: &Config) -> Result<Arc<Connected>, JoinError> {
     let mut sessions = lock(SESSIONS.get());
     match sessions.get(&config.socket) {
         Some(known) if !known.session.is_lost() => return Ok(Arc::clone(known)),
-        // Not kept for ever: see `Connected::forget`.
-        _ => drop(sessions.remove(&config.socket)),
+        _ => {}
     }
     let session = autostart::session(config)?;
+    // Now that there is a broker again, what this process had may go on with it.
+    if let Some(known) = sessions.get(&config.socket)
+        && known.session.path() == session.path()
+        && !known.session.is_lost()
+    {
+        return Ok(Arc::clone(known));
+    }
+    // Not kept for ever: see `Connected::forget`.
+    sessions.remove(&config.socket);
     let new = Arc::new(Connected { session, segments: Mutex::default() });
     sessions.insert(config.socket.clone(), Arc::clone(&new));
     Ok(new)
 }
 
 /// What a connection joins with. The descriptors are only borrowed: they are the host's SQLite's.
-pub struct Claim<'a> {
+pub struct Joins<'a> {
     pub database: BorrowedFd<'a>,
     pub directory: OwnedFd,
     pub shm: Option<OwnedFd>,
@@ -59,7 +71,7 @@ pub struct Claim<'a> {
 
 impl Member {
     /// Takes a seat for one SQLite connection.
-    pub fn join(config: &Config, claim: &Claim) -> Result<Member, JoinError> {
+    pub fn join(config: &Config, claim: &Joins) -> Result<Member, JoinError> {
         let refused = match Member::join_one(config, claim) {
             Err(e @ JoinError::Refused { why: Refusal::OtherBroker, .. }) if config.socket.is_none() => e,
             other => return other,
@@ -75,7 +87,7 @@ impl Member {
         Err(refused)
     }
 
-    fn join_one(config: &Config, claim: &Claim) -> Result<Member, JoinError> {
+    fn join_one(config: &Config, claim: &Joins) -> Result<Member, JoinError> {
         let mut last = JoinError::Lost;
         // Again, if a broker exits for idleness between our hello and our join.
         for _ in 0..3 {
@@ -88,21 +100,47 @@ impl Member {
         Err(last)
     }
 
-    fn join_at(connected: Arc<Connected>, claim: &Claim) -> Result<Member, JoinError> {
+    fn join_at(connected: Arc<Connected>, claim: &Joins) -> Result<Member, JoinError> {
         let mut segments = lock(&connected.segments);
         let session = &connected.session;
         let id = session.new_id();
         let mut fds = vec![claim.database.as_raw_fd(), claim.directory.as_raw_fd()];
         fds.extend(claim.shm.as_ref().map(|fd| fd.as_raw_fd()));
         let join = Join { has_shm: claim.shm.is_some(), ..claim.join.clone() };
-        let (answer, received) =
-            session.ask(&ToBroker::Join { id, join }, id, &fds).map_err(|_| JoinError::Lost)?;
+        let had = Claim {
+            seat: SeatKey { database: 0, seat: 0 },
+            role: Role::ReadWrite,
+            library: join.library,
+            sqlite_version: join.sqlite_version.clone(),
+            count: 0,
+            holds: None,
+        };
+        let home = || fstat(&claim.directory).ok().zip(join.name.clone());
+        let home = home().map(|(st, name)| KeptHome { device: st.st_dev, inode: st.st_ino, name });
+        let link = session.link().map_err(|_| JoinError::Lost)?;
+        let message = ToBroker::Join { id, join };
+        let (answer, received) = link.ask(&message, id, &fds).map_err(|_| JoinError::Lost)?;
         let joined = match answer {
             FromBroker::Joined { joined, .. } => joined,
             FromBroker::Refused { why, reason, .. } => return Err(JoinError::Refused { why, reason }),
             _ => return Err(JoinError::Lost),
         };
         let key = (joined.seat.database, joined.role == Role::ReadWrite);
+        // Not noted, it is not ours: another thread has met the next broker meanwhile, which takes it back.
+        let note = |shared: Option<&Arc<Shared>>| {
+            let shared = shared.filter(|_| joined.role == Role::ReadWrite).map(Arc::downgrade);
+            let fast = shared.as_ref().and_then(Weak::upgrade).is_some_and(|s| s.table().is_some());
+            let holds = (!fast || planted("no-fast-lane")).then(Holds::default);
+            let (seat, role, count) = (joined.seat, joined.role, joined.count);
+            let seat = Claim { seat, role, count, holds, ..had };
+            let noted = session.note(&link, |had| {
+                had.seats.insert(joined.seat, seat);
+                if let (Some(shared), Some(home)) = (shared, home) {
+                    had.segments.entry(joined.seat.database).or_insert((shared, home));
+                }
+            });
+            noted.map_err(|_| JoinError::Lost)
+        };
         let shared = match (joined.mode, joined.segment) {
             (Mode::Guest, _) => None,
             (Mode::Gated, true) => match Shared::open(received, joined.nonce, joined.role) {
@@ -113,6 +151,7 @@ impl Member {
                 }
                 Err(e) => {
                     // Descriptors that this process has no room for, mostly.
+                    note(None)?;
                     drop(segments);
                     Member::new(connected, joined, None).leave();
                     return Err(e.into());
@@ -120,6 +159,7 @@ impl Member {
             },
             (Mode::Gated, false) => Some(segments.get(&key).and_then(Weak::upgrade).ok_or(JoinError::Lost)?),
         };
+        note(shared.as_ref())?;
         drop(segments);
         Ok(Member::new(connected, joined, shared))
     }

@@ -52,8 +52,8 @@ impl Parking for Futexes<'_> {
         let Some(words) = table.seat(seat) else { return };
         match words.brokered.load(SeqCst) {
             0 => futex::wake(&words.park),
-            // If the broker is gone, so is the one that it waits for.
-            _ => drop(self.session.send(&ToBroker::Kick { database: self.database }, &[])),
+            // If the broker is gone, the one that it waits for asks the next one again.
+            _ => self.session.send_if_up(&ToBroker::Kick { database: self.database }),
         }
     }
 

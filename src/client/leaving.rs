@@ -2,8 +2,10 @@
 
 use super::Lost;
 use super::joining::lock;
+use super::link::Link;
 use super::member::Member;
 use super::resting;
+use super::session::Had;
 use crate::lock::rest::Rest;
 use crate::lock::table::Table;
 use crate::planted::planted;
@@ -59,14 +61,11 @@ impl Member {
         let Some(words) = self.shared().and_then(|s| s.checkpoint()) else { return false };
         words.rested_at.store(futex::micros(), SeqCst);
         let message = ToBroker::Lingers { seat: self.joined.seat };
-        !Table::must_tell(&words.told) || self.connected.session.send(&message, &[]).is_ok()
+        !Table::must_tell(&words.told) || self.say(&message, &[]).is_ok()
     }
 
     fn may_rest(&self) -> bool {
-        self.home.is_some()
-            && self.fast.is_some()
-            && !self.connected.session.was_lost()
-            && self.shared().is_some_and(|s| s.may_rest())
+        self.home.is_some() && self.fast.is_some() && self.shared().is_some_and(|s| s.may_rest())
     }
 
     /// A seat that rests is given up.
@@ -83,14 +82,26 @@ impl Member {
         let _segments = lock(&connected.segments);
         self.unmap();
         let gone = ToBroker::LetGo { seat: self.joined.seat, count: self.count };
-        let _ = connected.session.send(&gone, &[]);
+        // Not told, the next broker sees that it is not claimed.
+        if let Some(link) = self.unclaim() {
+            let _ = link.send(&gone, &[]);
+        }
     }
 
     /// The broker has closed the seat, and its number may be another's: nothing is said.
     pub(super) fn forget(mut self) {
         let connected = Arc::clone(&self.connected);
         let _segments = lock(&connected.segments);
+        self.unclaim();
         self.unmap();
+    }
+
+    /// The seat is not this process's any more. Returns the link over which the broker knows it, if that stands.
+    fn unclaim(&self) -> Option<Arc<Link>> {
+        let (seat, count) = (self.joined.seat, self.joined.count);
+        // Closed by the broker, its number may be another one's of this process.
+        let this = |had: &Had| had.seats.get(&seat).is_some_and(|c| c.count == count);
+        self.connected.session.give(|had| this(had).then(|| had.seats.remove(&seat))).1
     }
 
     /// The last one that uses the segment unmaps it, and closes what it has of it.
@@ -103,14 +114,21 @@ impl Member {
     fn give_up(mut self) {
         let connected = Arc::clone(&self.connected);
         let mut segments = lock(&connected.segments);
-        self.leave_without_broker();
+        // Tries the next broker, if this one is gone.
+        let lost = connected.session.is_lost();
+        if lost {
+            self.leave_without_broker();
+        }
         let late = self.shared.clone().filter(|_| planted("late-close-of-gate"));
         if self.shared().is_some_and(|s| s.keeps_descriptors()) {
             self.unmap();
         }
-        if connected.session.is_lost() || self.say_leave().is_err() {
+        if lost {
+            self.unclaim();
             connected.forget();
-            // It may have ended with our message unread.
+        } else if self.say_leave().is_err() && connected.session.is_lost() {
+            connected.forget();
+            // It has ended with our message unread.
             self.leave_without_broker();
         }
         self.unmap();
@@ -119,21 +137,28 @@ impl Member {
     }
 
     fn say_leave(&self) -> Result<(), Lost> {
-        let session = &self.connected.session;
-        let id = session.new_id();
-        session.ask(&ToBroker::Leave { id, seat: self.joined.seat }, id, &[]).map(drop)
+        // Over another link the broker would not know the seat, or by now as somebody else's.
+        let link = self.unclaim().ok_or(Lost)?;
+        let id = self.connected.session.new_id();
+        link.ask(&ToBroker::Leave { id, seat: self.joined.seat }, id, &[]).map(drop)
     }
 
-    /// If the broker is gone: nobody closes what rests elsewhere, and holds the gate, but the last one out.
+    /// No broker is there to be told. Its keeper opens the gate, if nobody is left; is that gone too, nobody but the
+    /// last one out closes what rests elsewhere, and holds the gate.
     fn leave_without_broker(&self) {
-        if !self.shared().is_some_and(|s| s.broker_is_gone()) {
+        let Some(shared) = self.shared() else { return };
+        if !shared.broker_is_gone() {
+            let used = self.with_seat(|_, seat| {
+                seat.table.close(seat.id);
+                seat.table.used_by_others(seat.id)
+            });
+            if used == Some(false) {
+                shared.ring();
+            }
             return;
         }
         let nobody_left = self.with_seat(|_, seat| seat.table.close_all(seat.id)).unwrap_or(false);
-        if nobody_left
-            && !planted("gate-left-to-the-resting")
-            && let Some(shared) = self.shared()
-        {
+        if nobody_left && !planted("gate-left-to-the-resting") {
             let _ = shared.let_gate_go();
         }
     }

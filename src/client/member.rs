@@ -4,6 +4,7 @@ use super::Lost;
 use super::host::HostFd;
 use super::joining::Connected;
 use super::lane::{FastLane, thread_id};
+use super::link::Link;
 use super::resting::Home;
 use super::session::Session;
 use super::shared::Shared;
@@ -91,8 +92,39 @@ impl Member {
     /// The segment may be used and, where its locks travel by messages, the session still stands: a broker that is
     /// gone changes nothing for members on the fast lane.
     pub fn is_whole(&self) -> bool {
-        !self.shared.as_ref().is_some_and(|s| s.poisoned())
-            && (self.fast.is_some() || !self.connected.session.is_lost())
+        !self.shared.as_ref().is_some_and(|s| s.poisoned()) && (self.fast.is_some() || self.link().is_ok())
+    }
+
+    /// The link over which the broker knows the seat. On the socket lane the next broker is waited for, if this one is
+    /// gone; on the fast lane it goes on without.
+    fn link(&self) -> Result<Arc<Link>, Lost> {
+        let session = self.session();
+        let whole = || !self.shared.as_ref().is_some_and(|s| s.poisoned());
+        let link = match self.fast.is_some() || planted("socket-lane-is-impatient") {
+            true => session.link()?,
+            false => session.link_patiently(whole)?,
+        };
+        match session.has(self.joined.seat, self.joined.count) && whole() {
+            true => Ok(link),
+            false => Err(Lost),
+        }
+    }
+
+    /// Asks, and asks the next broker again if this one ends before it has answered: what it granted and could not say
+    /// the next one takes back first.
+    fn again<T>(&self, mut ask: impl FnMut(&Arc<Link>) -> Result<T, Lost>) -> Result<T, Lost> {
+        for _ in 0..4 {
+            let answer = ask(&self.link()?);
+            if answer.is_ok() {
+                return answer;
+            }
+        }
+        Err(Lost)
+    }
+
+    /// What has no answer.
+    fn say(&self, message: &ToBroker, fds: &[i32]) -> Result<(), Lost> {
+        self.again(|link| link.send(message, fds))
     }
 
     /// On the fast lane: what the request comes to without waiting. `None`: it must wait, or travels by messages.
@@ -123,39 +155,49 @@ impl Member {
         &self,
         ask: Ask,
         connection: ConnectionKey,
-        give_up: impl FnMut() -> bool,
+        mut give_up: impl FnMut() -> bool,
     ) -> Result<Outcome, Lost> {
         self.connection.set(connection);
         let session = self.session();
         let seat = self.joined.seat;
         if let Some(fast) = &self.fast {
             let tell = || {
-                let _ = session.send(&ToBroker::Waiting { seat }, &[]);
+                let _ = self.say(&ToBroker::Waiting { seat }, &[]);
             };
             let outcome = fast.with(session, connection, |seat| fast.wait(seat, ask, give_up, tell));
             return outcome.ok_or(Lost);
         }
-        let id = session.new_id();
-        session.send(&ToBroker::Lock { id, seat, ask, connection, thread: thread_id() }, &[])?;
-        let (answer, gave_up) = match session.await_answer(id, give_up)? {
+        self.again(|link| self.lock_by_message(link, ask, connection, &mut give_up))
+    }
+
+    fn lock_by_message(
+        &self,
+        link: &Arc<Link>,
+        ask: Ask,
+        connection: ConnectionKey,
+        give_up: impl FnMut() -> bool,
+    ) -> Result<Outcome, Lost> {
+        let (seat, id) = (self.joined.seat, self.session().new_id());
+        link.send(&ToBroker::Lock { id, seat, ask, connection, thread: thread_id() }, &[])?;
+        let (answer, gave_up) = match link.await_answer(id, give_up)? {
             Some(answer) => (answer, false),
             None => {
-                session.send(&ToBroker::Cancel { seat }, &[])?;
-                (session.answer_within(id, Duration::from_secs(10))?.ok_or_else(|| session.lose())?, true)
+                link.send(&ToBroker::Cancel { seat }, &[])?;
+                (link.answer_within(id, Duration::from_secs(10))?.ok_or_else(|| link.lose())?, true)
             }
         };
-        match answer.0 {
-            FromBroker::Lock { verdict, deadlock, blocker, .. } => {
-                Ok(Outcome { verdict, deadlock, gave_up, blocker })
-            }
-            _ => Err(Lost),
+        let FromBroker::Lock { verdict, deadlock, blocker, .. } = answer.0 else { return Err(Lost) };
+        if let Verdict::Granted { .. } = verdict {
+            self.session().note(link, |had| Session::holds(had, seat, |h| h.takes(ask.request)))?;
         }
+        Ok(Outcome { verdict, deadlock, gave_up, blocker })
     }
 
     /// Whom the seat waits for, if the broker can say.
     pub fn blocker(&self) -> Option<Blocker> {
-        let id = self.session().new_id();
-        match self.session().ask(&ToBroker::AskBlocker { id, seat: self.joined.seat }, id, &[]) {
+        let (id, seat) = (self.session().new_id(), self.joined.seat);
+        let link = self.link().ok()?;
+        match link.ask(&ToBroker::AskBlocker { id, seat }, id, &[]) {
             Ok((FromBroker::Blocker { blocker, .. }, _)) => blocker,
             _ => None,
         }
@@ -165,7 +207,13 @@ impl Member {
         if self.with_seat(|_, seat| seat.release(release)).is_some() {
             return Ok(());
         }
-        self.session().send(&ToBroker::Unlock { seat: self.joined.seat, release }, &[])
+        let seat = self.joined.seat;
+        // Noted first: whatever becomes of the message, the next broker takes the lock for given back.
+        let (_, link) = self.session().give(|had| Session::holds(had, seat, |h| h.gives(release)));
+        match link.is_some_and(|link| link.send(&ToBroker::Unlock { seat, release }, &[]).is_ok()) {
+            true => Ok(()),
+            false => self.link().map(drop),
+        }
     }
 
     /// Whether another seat holds RESERVED.
@@ -173,8 +221,8 @@ impl Member {
         if let Some(reserved) = self.with_seat(|_, seat| seat.reserved_by_other()) {
             return Ok(reserved);
         }
-        let id = self.session().new_id();
-        match self.session().ask(&ToBroker::CheckReserved { id, seat: self.joined.seat }, id, &[])?.0 {
+        let (id, seat) = (self.session().new_id(), self.joined.seat);
+        match self.again(|link| link.ask(&ToBroker::CheckReserved { id, seat }, id, &[]))?.0 {
             FromBroker::Reserved { by_other, .. } => Ok(by_other),
             _ => Err(Lost),
         }
@@ -184,11 +232,11 @@ impl Member {
         if self.with_seat(|_, seat| seat.journal_is_clear()).is_some() {
             return Ok(());
         }
-        self.session().send(&ToBroker::JournalClear { seat: self.joined.seat }, &[])
+        self.say(&ToBroker::JournalClear { seat: self.joined.seat }, &[])
     }
 
     pub fn turn_is_used(&self) -> Result<(), Lost> {
-        self.session().send(&ToBroker::TurnUsed { seat: self.joined.seat }, &[])
+        self.say(&ToBroker::TurnUsed { seat: self.joined.seat }, &[])
     }
 
     /// What the turn is for that is about to be taken ahead ([`SeatWords::turn_for`]).
@@ -276,7 +324,7 @@ impl Member {
         if self.with_seat(|_, seat| seat.close_wal_index()).is_some() {
             return Ok(());
         }
-        self.session().send(&ToBroker::CloseWalIndex { seat: self.joined.seat }, &[])
+        self.say(&ToBroker::CloseWalIndex { seat: self.joined.seat }, &[])
     }
 
     /// At least `regions` regions; `None` when there is no memory for them.
@@ -290,7 +338,7 @@ impl Member {
     }
 
     fn wal_index(&self, id: u64, message: ToBroker) -> Result<Option<u32>, Lost> {
-        match self.session().ask(&message, id, &[])?.0 {
+        match self.again(|link| link.ask(&message, id, &[]))?.0 {
             FromBroker::WalIndex { ok, regions, .. } => Ok(ok.then_some(regions)),
             _ => Err(Lost),
         }
@@ -310,7 +358,7 @@ impl Member {
         let words = self.shared.as_ref().and_then(|s| s.checkpoint());
         if let Some(words) = words.filter(|w| w.duty.load(SeqCst) != 0 && w.wal_inode.load(SeqCst) != inode) {
             let message = ToBroker::WalFile { seat: self.joined.seat };
-            if self.session().send(&message, &[fd.as_raw_fd()]).is_ok() {
+            if self.say(&message, &[fd.as_raw_fd()]).is_ok() {
                 words.wal_linked.store(0, SeqCst);
                 words.wal_inode.store(inode, SeqCst);
             }
@@ -319,7 +367,7 @@ impl Member {
 
     /// The WAL is due for a checkpoint.
     pub fn wal_grew(&self) -> Result<(), Lost> {
-        self.session().send(&ToBroker::WalGrew { seat: self.joined.seat }, &[])
+        self.say(&ToBroker::WalGrew { seat: self.joined.seat }, &[])
     }
 
     /// Tells the broker's log what may not be printed in the host's output.
@@ -332,7 +380,8 @@ impl Member {
 pub fn status_report(session: &Session) -> Result<Vec<u8>, Lost> {
     let id = session.new_id();
     let mut json = Vec::new();
-    let mut answer = session.ask(&ToBroker::Status { id }, id, &[])?.0;
+    let link = session.link()?;
+    let mut answer = link.ask(&ToBroker::Status { id }, id, &[])?.0;
     loop {
         match answer {
             FromBroker::Status { part, last, .. } => {
@@ -343,6 +392,6 @@ pub fn status_report(session: &Session) -> Result<Vec<u8>, Lost> {
             }
             _ => return Err(Lost),
         }
-        answer = session.answer_within(id, Duration::from_secs(10))?.ok_or(Lost)?.0;
+        answer = link.answer_within(id, Duration::from_secs(10))?.ok_or(Lost)?.0;
     }
 }

@@ -5,7 +5,8 @@
 //! descriptors they do not know and the numbers come back as something else.
 //!
 //! * [`config`]: environment and URI parameters. [`place`]: which broker socket.
-//! * [`session`]: one connection to the broker, shared by all threads. [`autostart`] and [`spawn`]: starting one.
+//! * [`session`]: this process and a broker, for all threads; [`link`]: one socket of it. [`greeting`] and `reconnect`: how
+//!   they come about. [`autostart`] and [`spawn`]: starting a broker.
 //! * [`joining`]: taking a seat. [`leaving`] and [`resting`]: what becomes of it when its connection is closed.
 //! * [`member`]: a seat and what it can ask for. [`shared`]: a database's segment as this process maps it.
 //! * [`activity`]: this process's own connections. [`fork`]: what a forked child must not touch. [`host`]: descriptors that are not ours alone.
@@ -14,12 +15,15 @@ pub mod activity;
 pub mod autostart;
 pub mod config;
 pub mod fork;
+pub mod greeting;
 pub mod host;
 pub mod joining;
 pub mod lane;
 mod leaving;
+pub mod link;
 pub mod member;
 pub mod place;
+mod reconnect;
 pub mod resting;
 pub mod session;
 pub mod shared;

@@ -120,7 +120,8 @@ pub fn resume(config: &Config, library: u64, file: impl AsFd, path: &Path) -> Op
             let at = seats.iter().rposition(|m| same(m) || anywhere(m))?;
             seats.remove(at)
         };
-        if member.connected.session.is_lost() {
+        // No broker is needed to use it again, as long as its keeper sees to the gate.
+        if member.connected.session.is_lost() && member.shared().is_none_or(|s| s.broker_is_gone()) {
             beside(&member).into_iter().for_each(Member::leave_at_rest);
             member.leave_at_rest();
         } else if !member.shared().is_some_and(|s| s.is_open()) {

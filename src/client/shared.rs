@@ -17,9 +17,10 @@ use crate::segment::memfd;
 use crate::segment::wal_index::{WalIndex, page_number_at};
 use crate::wire::message::Role;
 use memmap2::{MmapOptions, MmapRaw};
+use nix::poll::PollTimeout;
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -27,6 +28,8 @@ use std::time::Duration;
 /// Regions are mapped in chunks: a region is smaller than a page on some machines.
 const REGIONS_PER_CHUNK: u32 = 32;
 const CHUNK_SIZE: usize = REGIONS_PER_CHUNK as usize * REGION_SIZE;
+/// How long the keeper may take to open a gate, in milliseconds; a broker that has just come back takes a tick.
+const KEEPER_WITHIN: u16 = 200;
 
 /// Waiting for a sync, by futexes.
 pub struct Futexes;
@@ -48,7 +51,10 @@ impl Rounds for Futexes {
 #[derive(Debug)]
 pub struct Shared {
     control: ControlMap,
+    /// For the next broker, if nobody else has it any more.
+    control_fd: HostFd,
     wal_index_fd: HostFd,
+    nonce: u64,
     /// Kept so that the kernel keeps the gate as long as this process has the segment mapped.
     hold: Option<HostFd>,
     role: Role,
@@ -77,7 +83,8 @@ impl Shared {
         if !memfd::is_sealed(&control) || !memfd::is_sealed_to(&wal_index, WAL_INDEX_SIZE) {
             return Err(io::Error::other("the broker's segment is not sealed"));
         }
-        let control = ControlMap::open(&control, nonce, role == Role::ReadWrite)?;
+        let control_fd = control;
+        let control = ControlMap::open(&control_fd, nonce, role == Role::ReadWrite)?;
         let (address, length) = control.extent();
         fork::remember_mapping(address, length);
         let mut own = Vec::new();
@@ -86,7 +93,9 @@ impl Shared {
         }
         Ok(Shared {
             control,
+            control_fd: HostFd::new(control_fd)?,
             wal_index_fd: HostFd::new(wal_index)?,
+            nonce,
             hold: hold.map(HostFd::new).transpose()?,
             role,
             chunks: Mutex::default(),
@@ -224,19 +233,37 @@ impl Shared {
         !self.own_descriptors.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
     }
 
-    /// A seat may rest in it: nothing here has to be let go before the gate opens, and there is a broker that opens
-    /// it. (Not asked by the session, which may be lost while the broker lives.)
+    pub(super) fn nonce(&self) -> u64 {
+        self.nonce
+    }
+
+    /// Control, wal-index and what holds the gate, for a broker that has none of them.
+    pub(super) fn handed_back(&self) -> Option<[BorrowedFd<'_>; 3]> {
+        let hold = self.hold.as_ref().and_then(HostFd::get)?;
+        Some([self.control_fd.get()?, self.wal_index_fd.get()?, hold]).filter(|_| self.is_open())
+    }
+
+    /// A seat may rest in it: nothing here has to be let go before the gate opens, and there is a broker, or its keeper,
+    /// that opens it. (Not asked by the session, which may be lost while the broker lives.)
     pub fn may_rest(&self) -> bool {
         let hold = self.hold.as_ref().and_then(HostFd::get);
         self.is_open() && !self.keeps_descriptors() && hold.is_some_and(|hold| !hold::broker_is_gone(hold))
     }
 
-    /// The broker has ended. False also where the host has closed what would tell.
+    /// The broker has ended, and its keeper too. False also where the host has closed what would tell.
     pub fn broker_is_gone(&self) -> bool {
         self.hold.as_ref().and_then(HostFd::get).is_some_and(hold::broker_is_gone)
     }
 
-    /// In place of a broker that is gone: nobody but seats that rest is left, and those have been closed; the
+    /// No broker is there to be told that nobody is left: its keeper opens the gate. Closed means closed: it is waited for.
+    pub fn ring(&self) {
+        if let Some(hold) = self.hold.as_ref().and_then(HostFd::get) {
+            hold::ring(hold);
+            hold::is_let_go_within(hold, PollTimeout::from(KEEPER_WITHIN));
+        }
+    }
+
+    /// In place of a broker that is gone, and its keeper: nobody but seats that rest is left, and those have been closed; the
     /// processes that they belong to still hold the gate. It opens, as it would have at the last close.
     pub fn let_gate_go(&self) -> io::Result<()> {
         self.control.poison();

@@ -9,6 +9,7 @@
 //! * [`rest`]: seats without a connection, which their processes keep for the next. [`last`]: the last close.
 //! * [`commits`]: durable commits that share one sync. [`learned`]: what statements have shown of themselves.
 //! * [`queue`]: the socket lane's requests, and what a death leaves behind. [`unused`]: turns that nobody uses.
+//! * [`takeover`]: what a broker's death leaves to the next.
 
 pub mod commits;
 pub mod hints;
@@ -20,6 +21,7 @@ pub mod rest;
 pub mod rules;
 pub mod seat;
 pub mod table;
+pub mod takeover;
 pub mod turn;
 pub mod unused;
 

@@ -62,6 +62,11 @@ impl Table<'_> {
         told.swap(1, SeqCst) == 0
     }
 
+    /// How often the seat's number has been given out, as [`Table::rest`] says it.
+    pub fn count(self, seat: SeatId) -> u32 {
+        self.seat(seat).map_or(0, |s| s.state.load(SeqCst) & !STATE)
+    }
+
     pub fn rests(self, seat: SeatId) -> bool {
         self.seat(seat).is_some_and(|s| s.state.load(SeqCst) & STATE == RESTING)
     }

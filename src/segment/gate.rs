@@ -112,12 +112,22 @@ pub fn close(database: OwnedFd, shm: Option<OwnedFd>) -> Result<Gate, (GateError
 }
 
 impl Gate {
-    /// What holds the gate, to be passed on to members.
+    /// A gate that another process has closed, if it stands and `database` carries it.
+    pub fn adopt(database: OwnedFd, shm: Option<OwnedFd>, hold: Hold) -> Option<Gate> {
+        is_held_by(&database).then_some(Gate { database, shm, hold })
+    }
+
     /// The database's descriptor that carries the lock.
     pub fn database(&self) -> &OwnedFd {
         &self.database
     }
 
+    /// That of `-shm`, where there was one.
+    pub fn shm(&self) -> Option<&OwnedFd> {
+        self.shm.as_ref()
+    }
+
+    /// What holds the gate, to be passed on to members.
     pub fn hold(&self) -> &Hold {
         &self.hold
     }

@@ -4,6 +4,9 @@
 //! descriptor of the gate's could let it go only while the gate stands, for afterwards a plain connection of the same
 //! process may have locked the file. A descriptor in a queue is in no process's table (unix(7), `SCM_RIGHTS`): the
 //! description, and so the gate, lives as long as anybody has the socket, and letting go of that harms nobody.
+//!
+//! The other end is the broker's and its keeper's. Members see by it that both are gone, and ring there when no broker is
+//! left to hear that they leave.
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -14,11 +17,11 @@ use nix::sys::socket::{
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
-/// The broker's: the socket that members get, and the other end, by which they see that the broker lives.
+/// The broker's: the socket that members get, and the other end, by which they see that somebody sees to the gate.
 #[derive(Debug)]
 pub struct Hold {
     socket: OwnedFd,
-    _broker: OwnedFd,
+    broker: OwnedFd,
 }
 
 impl Hold {
@@ -30,20 +33,54 @@ impl Hold {
         let rights = [gate.as_fd().as_raw_fd()];
         let rights = [ControlMessage::ScmRights(&rights)];
         sendmsg::<()>(broker.as_raw_fd(), &[IoSlice::new(b"g")], &rights, MsgFlags::MSG_NOSIGNAL, None)?;
-        Ok(Hold { socket, _broker: broker })
+        Ok(Hold { socket, broker })
+    }
+
+    /// As another process has made it.
+    pub fn of(socket: OwnedFd, broker: OwnedFd) -> Hold {
+        Hold { socket, broker }
     }
 
     pub fn descriptor(&self) -> &OwnedFd {
         &self.socket
     }
+
+    /// The end that members do not have.
+    pub fn broker_end(&self) -> &OwnedFd {
+        &self.broker
+    }
+
+    /// A member has rung since this was last asked.
+    pub fn has_rung(&self) -> bool {
+        let mut bytes = [0u8; 64];
+        let mut rung = false;
+        let received = |buffer: &mut [u8]| {
+            nix::sys::socket::recv(self.broker.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT)
+        };
+        while received(&mut bytes).is_ok_and(|n| n > 0) {
+            rung = true;
+        }
+        rung
+    }
 }
 
-/// The broker has ended.
+/// A member leaves, and no broker is there to be told: whoever has the other end looks whether anybody is left.
+pub fn ring(socket: impl AsFd) {
+    let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+    // No room: it has been rung often enough.
+    let _ = nix::sys::socket::send(socket.as_fd().as_raw_fd(), b"r", flags);
+}
+
+/// The broker and its keeper have ended.
 pub fn broker_is_gone(socket: impl AsFd) -> bool {
+    is_let_go_within(socket, PollTimeout::ZERO)
+}
+
+/// The other end is nobody's any more, or becomes so within `limit`.
+pub fn is_let_go_within(socket: impl AsFd, limit: PollTimeout) -> bool {
     let mut fds = [PollFd::new(socket.as_fd(), PollFlags::empty())];
     let ended = PollFlags::POLLHUP | PollFlags::POLLERR;
-    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|n| n > 0)
-        && fds[0].revents().is_some_and(|seen| seen.intersects(ended))
+    poll(&mut fds, limit).is_ok_and(|n| n > 0) && fds[0].revents().is_some_and(|seen| seen.intersects(ended))
 }
 
 /// The gate's description as a descriptor, which is in no queue any more; `None`: somebody else has taken it out.
@@ -57,8 +94,10 @@ pub fn copy(socket: impl AsFd) -> Option<OwnedFd> {
 }
 
 fn receive(socket: impl AsFd, how: MsgFlags) -> Option<OwnedFd> {
+    /// `SCM_MAX_FD`, net/scm.h. A client may have filled the queue itself: whatever comes is closed.
+    const MOST_FDS: usize = 253;
     let mut byte = [0u8; 1];
-    let mut control = nix::cmsg_space!(RawFd);
+    let mut control = nix::cmsg_space!([RawFd; MOST_FDS]);
     let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT | how;
     loop {
         let mut iov = [IoSliceMut::new(&mut byte)];
@@ -66,12 +105,14 @@ fn receive(socket: impl AsFd, how: MsgFlags) -> Option<OwnedFd> {
             Err(Errno::EINTR) => {}
             Err(_) => return None,
             Ok(message) => {
-                let rights = message.cmsgs().ok()?.find_map(|c| match c {
-                    ControlMessageOwned::ScmRights(fds) => fds.first().copied(),
-                    _ => None,
-                })?;
-                // SAFETY: just installed by the kernel for us; the only one, because `Hold::new` sends one.
-                return Some(unsafe { OwnedFd::from_raw_fd(rights) });
+                let mut received = Vec::new();
+                for one in message.cmsgs().ok()? {
+                    if let ControlMessageOwned::ScmRights(fds) = one {
+                        // SAFETY: just installed by the kernel for us; nobody else owns them.
+                        received.extend(fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+                    }
+                }
+                return received.into_iter().next();
             }
         }
     }
@@ -119,6 +160,18 @@ mod tests {
         assert!(gate::is_held_by(&taken));
         drop(taken);
         assert!(!gate::stands(file.reopen().unwrap()));
+    }
+
+    #[test]
+    fn a_member_that_rings_is_heard_once() {
+        let (_file, fd) = file();
+        let gate = gate::close(fd, None).map_err(|(e, ..)| e).unwrap();
+        let member = gate.hold().descriptor().try_clone().unwrap();
+        assert!(!gate.hold().has_rung());
+        ring(&member);
+        ring(&member);
+        assert!(gate.hold().has_rung() && !gate.hold().has_rung());
+        assert!(copy(&member).is_some());
     }
 
     #[test]

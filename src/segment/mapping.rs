@@ -109,6 +109,11 @@ impl ControlMap {
         self.header().poisoned.store(POISONED, SeqCst);
     }
 
+    /// The next broker has come: new transactions may begin again.
+    pub fn go_on(&self) {
+        let _ = self.header().poisoned.compare_exchange(STOPPING, 0, SeqCst, SeqCst);
+    }
+
     pub fn stop(&self) {
         let _ = self.header().poisoned.compare_exchange(0, STOPPING, SeqCst, SeqCst);
     }

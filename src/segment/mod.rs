@@ -4,7 +4,7 @@
 //! * **wal-index**: byte for byte what a `-shm` file would hold, from offset 0 (SQLite's wal.c owns its format).
 //!
 //! The [`gate`] is what makes it safe to use them; members keep it standing by its [`hold`]. [`memfd`] makes and checks
-//! them, [`mapping`] maps them. Nothing here knows who uses it.
+//! them, [`mapping`] maps them, [`supervision`] says who looks after them. Nothing here knows who uses it.
 
 pub mod atomic;
 #[cfg(feature = "loom")]
@@ -17,4 +17,5 @@ pub mod mapping;
 pub mod memfd;
 #[cfg(not(feature = "loom"))]
 mod offsets;
+pub mod supervision;
 pub mod wal_index;

@@ -181,7 +181,7 @@ impl Status<'_> {
             role: member.map(|m| if m.role() == Role::ReadWrite { "read-write" } else { "read-only" }),
             lane: member.map(|m| m.lane()),
             socket: member.map(|m| m.session().path().display().to_string()),
-            broker_pid: member.map(|m| m.session().broker_pid),
+            broker_pid: member.map(|m| m.session().broker_pid()),
             has_turn: main.turn,
             wait_ms: main.limit().as_millis() as u64,
             version: env!("CARGO_PKG_VERSION"),

@@ -6,7 +6,7 @@ use crate::client::JoinError;
 use crate::client::config::{BadSetting, Config, Fallback};
 use crate::client::fork::PerProcess;
 use crate::client::host::{HostFd, LowDescriptors};
-use crate::client::joining::Claim;
+use crate::client::joining::Joins;
 use crate::client::member::Member;
 use crate::client::resting::{self, Home};
 use crate::segment::gate;
@@ -113,7 +113,7 @@ pub fn join(
     let shm = second_descriptor(&shm_path);
     drop(low);
 
-    let mut claim = Claim {
+    let mut claim = Joins {
         database: own.as_ref().map_or(fd, |o| o.as_fd()),
         directory,
         shm,
@@ -136,7 +136,7 @@ pub fn join(
         claim.shm = second_descriptor(&shm_path);
         result = Member::join(config, &claim);
     }
-    let Claim { shm, directory, join, .. } = claim;
+    let Joins { shm, directory, join, .. } = claim;
     let gated = matches!(&result, Ok(m) if m.mode() == Mode::Gated);
     // Gated: nobody in this process holds POSIX locks on these files, the gate would not stand. Else keep them.
     if let Some(shm) = shm.filter(|_| !gated) {

@@ -1,12 +1,14 @@
 //! The messages. Numbers that name a request (`id`) are chosen by the session and repeated in the answer.
 
+use super::keeper::{KeptHome, Token};
+use crate::lock::takeover::Holds;
 use crate::lock::{Ask, Release, SeatId, Verdict};
 use serde::{Deserialize, Serialize};
 
 /// First field of the first message: anything else on this socket is not turnstile.
 pub const PROTOCOL_MAGIC: u32 = 0x7457_5253;
 /// Changes with any change of a message.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// The first message of a session; its encoding never changes, so that versions can tell each other apart.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -138,7 +140,41 @@ pub enum ToBroker {
     Lingers {
         seat: SeatKey,
     },
+    /// This process had the session of which this is the token, with a broker that is gone or on a socket that broke.
+    Resume {
+        id: u64,
+        token: Token,
+    },
+    /// A database whose broker and keeper are gone, with control, wal-index and what holds the gate.
+    HandBack {
+        id: u64,
+        database: u32,
+        nonce: u64,
+        home: KeptHome,
+    },
+    /// Seats that this process had. After the `last` those that it does not claim are nobody's.
+    Claim {
+        id: u64,
+        seats: Vec<Claim>,
+        last: bool,
+    },
 }
+
+/// A seat that a process had before its session broke.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Claim {
+    pub seat: SeatKey,
+    pub role: Role,
+    pub library: u64,
+    pub sqlite_version: String,
+    /// As in [`Joined`]: the number may be another seat's by now.
+    pub count: u32,
+    /// On the socket lane: what it knows that it holds.
+    pub holds: Option<Holds>,
+}
+
+/// As many as fit a packet.
+pub const MOST_CLAIMS: usize = 128;
 
 /// A seat as the wire names it: the database's number at this broker and the seat's in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -170,6 +206,8 @@ pub struct Joined {
     /// Descriptors follow, in this order: control, wal-index, then (read-write only) what holds the gate. Absent when the
     /// session has them already, and in guest mode.
     pub segment: bool,
+    /// How often the seat's number has been given out.
+    pub count: u32,
 }
 
 /// Why a join was refused.
@@ -205,6 +243,8 @@ pub enum FromBroker {
         broker_pid: i32,
         /// The client's pid as the broker sees it (another number in another pid namespace).
         your_pid: i32,
+        /// What the session says to the next broker ([`ToBroker::Resume`]).
+        token: Token,
     },
     Joined {
         id: u64,
@@ -246,6 +286,16 @@ pub enum FromBroker {
         id: u64,
         blocker: Option<Blocker>,
     },
+    /// The answer to `Resume` and `HandBack`: whether the session, or the database, goes on.
+    Resumed {
+        id: u64,
+        known: bool,
+    },
+    /// Seats that are not the session's.
+    Claimed {
+        id: u64,
+        lost: Vec<SeatKey>,
+    },
 }
 
 impl FromBroker {
@@ -260,6 +310,8 @@ impl FromBroker {
             | FromBroker::Reserved { id, .. }
             | FromBroker::WalIndex { id, .. }
             | FromBroker::Left { id }
+            | FromBroker::Resumed { id, .. }
+            | FromBroker::Claimed { id, .. }
             | FromBroker::Status { id, .. } => *id,
         }
     }

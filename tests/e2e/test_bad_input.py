@@ -253,7 +253,7 @@ def test_a_socket_that_others_may_not_connect_to():
 
 # --- strangers -------------------------------------------------------------------------------------------------
 
-MAGIC, VERSION = 0x74575253, 2
+MAGIC, VERSION = 0x74575253, 3
 
 
 def varint(n):
@@ -272,8 +272,8 @@ def hello_answer(magic=MAGIC, version=VERSION, refused=None):
 
 
 def welcome():
-    """FromBroker::Welcome: the session, and two pids (zigzag)."""
-    return varint(0) + varint(1) + varint(2 * os.getpid()) + varint(2 * os.getpid())
+    """FromBroker::Welcome: the session, two pids (zigzag), and the token."""
+    return varint(0) + varint(1) + varint(2 * os.getpid()) + varint(2 * os.getpid()) + bytes(16)
 
 
 class Stranger:
@@ -518,7 +518,7 @@ def test_what_is_no_database():
         with open(broker.path("random"), "rb") as f:
             assert f.read() == random
         left = sorted(os.listdir(broker.dir))
-        assert left == sorted(["s", "s.lock", "broker.log", "directory", "random", "fifo", "loop", "dangling"]), left
+        assert left == sorted(["s", "s.keeper", "s.lock", "broker.log", "directory", "random", "fifo", "loop", "dangling"]), left
         assert broker.status()["databases"] == [], "a database that could not be used still has members"
 
 

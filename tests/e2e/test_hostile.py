@@ -17,7 +17,7 @@ from test_gate import JOINED, REFUSED, Wire, varint
  CLOSE_WAL_INDEX, LEAVE, STATUS, LOG) = range(14)
 ANSWER_LOCK, ANSWER_WAL_INDEX, ANSWER_LEFT = 3, 5, 6
 MAX_PACKET = 16 * 1024
-HELLO = varint(0x74575253) + varint(2)
+HELLO = varint(0x74575253) + varint(3)
 FILE_SHARED = varint(0) + varint(1) + b"\0"  # Request::File { level: Shared, hot_journal: false }
 
 

@@ -184,6 +184,12 @@ impl Bench {
         body(&mut Lane { queue, table: self.table(), parking: &self.broker })
     }
 
+    /// Another broker takes over the words: all that the last one knew is gone with it.
+    pub fn broker_dies(&self) {
+        *self.queue.borrow_mut() = Queue::default();
+        self.lane(|lane| lane.take_over());
+    }
+
     /// Runs `body` as the seat.
     pub fn with<T>(&self, id: SeatId, body: impl FnOnce(&Seat) -> T) -> T {
         self.table().hand_out(id);

@@ -4,4 +4,5 @@ mod checkpoint;
 mod death;
 mod offers;
 mod streaks;
+mod takeover;
 mod waking;

@@ -1,0 +1,181 @@
+//! `turnstile keeper`: the broker's child that outlives it.
+//!
+//! It holds descriptors and what was said with them, and does nothing else as long as its broker lives. When the broker
+//! is gone it gives everything to the next one, which knocks at a socket beside the broker's; until then it sees to it
+//! that no gate stands for members that are dead or have left. It ends when nothing is kept and there is no broker.
+//!
+//! * [`store`]: what is kept, and when it is nobody's any more.
+
+mod store;
+
+use self::store::Store;
+use nix::fcntl::{Flock, FlockArg};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigHandler, Signal, signal};
+use nix::sys::socket::{SockFlag, accept4, getsockopt, sockopt::PeerCredentials};
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+use turnstile::segment::layout::LAYOUT_VERSION;
+use turnstile::wire::keeper::{FromKeeper, Greeting, KEEPER_MAGIC, KEEPER_VERSION, Kept, ToKeeper};
+use turnstile::wire::socket;
+
+/// Without a broker: how often it is looked for members that called exec or closed everything, which no pidfd tells.
+const LOOK: u16 = 250;
+/// How long the next broker may take to read what it is given.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+struct Keeper {
+    /// The broker's, if there is one.
+    broker: Option<OwnedFd>,
+    /// Where the next one knocks, and the path of the broker's own socket.
+    listener: Option<(OwnedFd, PathBuf)>,
+    /// Who has knocked and said nothing yet.
+    visitors: Vec<OwnedFd>,
+    store: Store,
+}
+
+pub fn run() -> ExitCode {
+    // What ends the broker does not end this.
+    for ignored in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGUSR2] {
+        // SAFETY: ignoring a signal runs no code of ours.
+        let _ = unsafe { signal(ignored, SigHandler::SigIgn) };
+    }
+    let _ = nix::sys::prctl::set_name(c"turnstile-keep");
+    let Ok(broker) = io::stdin().as_fd().try_clone_to_owned() else { return ExitCode::FAILURE };
+    // The broker's end must be seen: its socket is held by this alone.
+    if let Ok(null) = OpenOptions::new().read(true).open("/dev/null") {
+        let _ = nix::unistd::dup2_stdin(null);
+    }
+    let mut keeper =
+        Keeper { broker: Some(broker), listener: None, visitors: Vec::new(), store: Store::default() };
+    while keeper.round() {}
+    keeper.unlink();
+    ExitCode::SUCCESS
+}
+
+impl Keeper {
+    /// Waits for whatever comes, and does it. False: nothing is left to do.
+    fn round(&mut self) -> bool {
+        if self.broker.is_none() {
+            self.store.drop_what_is_nobodys();
+            if self.store.is_empty() && self.visitors.is_empty() {
+                return false;
+            }
+        }
+        self.wait();
+        self.hear_broker();
+        self.accept();
+        for visitor in std::mem::take(&mut self.visitors) {
+            self.hear_visitor(visitor);
+        }
+        true
+    }
+
+    fn wait(&self) {
+        let own = self.broker.iter().chain(self.listener.as_ref().map(|l| &l.0)).chain(&self.visitors);
+        let mut watched: Vec<&OwnedFd> = own.collect();
+        // The broker sees to the members, if there is one.
+        let timeout = match self.broker {
+            Some(_) => PollTimeout::NONE,
+            None => {
+                watched.extend(self.store.watched());
+                PollTimeout::from(LOOK)
+            }
+        };
+        let mut fds: Vec<PollFd> =
+            watched.iter().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)).collect();
+        let _ = poll(&mut fds, timeout);
+    }
+
+    fn hear_broker(&mut self) {
+        while let Some(broker) = &self.broker {
+            let packet = match socket::receive(broker) {
+                Ok(packet) => packet,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                // It has ended, however.
+                Err(_) => return self.broker = None,
+            };
+            match packet.decode() {
+                Ok(ToKeeper::Listen { broker }) => {
+                    self.listener = packet.fds.into_iter().next().map(|fd| (fd, broker));
+                }
+                Ok(ToKeeper::Keep(kept)) => self.store.keep(kept, packet.fds),
+                Ok(ToKeeper::GiveBack) | Err(_) => {}
+            }
+        }
+    }
+
+    fn accept(&mut self) {
+        let Some((listener, _)) = &self.listener else { return };
+        while let Ok(fd) = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK) {
+            // SAFETY: accept4 has just made this descriptor; it is ours.
+            let visitor = unsafe { OwnedFd::from_raw_fd(fd) };
+            let uid = getsockopt(&visitor, PeerCredentials).map(|c| c.uid());
+            let own = nix::unistd::geteuid().as_raw();
+            if !uid.is_ok_and(|uid| uid == own || uid == 0) {
+                continue;
+            }
+            let greeting = Greeting {
+                magic: KEEPER_MAGIC,
+                version: KEEPER_VERSION,
+                layout: if turnstile::planted::planted("keeper-of-another-layout") {
+                    0
+                } else {
+                    LAYOUT_VERSION
+                },
+                occupied: self.broker.is_some(),
+                pid: std::process::id() as i32,
+            };
+            if socket::encode(&greeting).is_ok_and(|bytes| socket::send(&visitor, &bytes, &[]).is_ok()) {
+                self.visitors.push(visitor);
+            }
+        }
+    }
+
+    fn hear_visitor(&mut self, visitor: OwnedFd) {
+        let message = match socket::receive(&visitor) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return self.visitors.push(visitor),
+            Err(_) => return,
+            Ok(packet) => packet.decode(),
+        };
+        // Everything is one broker's.
+        if matches!(message, Ok(ToKeeper::GiveBack))
+            && self.broker.is_none()
+            && self.give_back(&visitor).is_ok()
+        {
+            self.broker = Some(visitor);
+        }
+    }
+
+    /// Nothing is let go: if the next broker ends before it has said what became of it, all of it is still here.
+    fn give_back(&self, broker: &OwnedFd) -> io::Result<()> {
+        let send = |message: &FromKeeper, fds: &[&OwnedFd]| {
+            let raw: Vec<_> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
+            socket::send_within(broker, &socket::encode(message)?, &raw, PATIENCE)
+        };
+        self.store.for_each(|kept: Kept, fds: &[&OwnedFd]| send(&FromKeeper::Kept(kept), fds))?;
+        send(&FromKeeper::All, &[])
+    }
+
+    /// Leaves no sockets behind, unless another broker uses their paths by now.
+    fn unlink(&self) {
+        let Some((_, broker)) = &self.listener else { return };
+        let suffixed = |suffix: &str| {
+            let mut name = broker.as_os_str().to_owned();
+            name.push(suffix);
+            PathBuf::from(name)
+        };
+        let lock = OpenOptions::new().write(true).custom_flags(libc::O_NOFOLLOW).open(suffixed(".lock"));
+        let lock = lock.map(|file| Flock::lock(file, FlockArg::LockExclusiveNonblock));
+        if let Ok(Ok(_lock)) = lock {
+            for path in [suffixed(".keeper").as_path(), broker as &Path] {
+                let _ = fs::remove_file(path);
+            }
+        }
+    }
+}
