@@ -123,7 +123,7 @@ def check_bulk(name, db, logs):
         if log.slot.deck.main == name:
             done = [s for s, (e, o) in log.works.items() if o == ACKNOWLEDGED and e >= 0
                     and any(line.startswith("S DELETE FROM bulk") for line in log.slot.deck.works[e].lines)
-                    and log.slot.deck.works[e].kind != "savepoint"]
+                    and log.slot.deck.works[e].kind != "back"]
             last[log.worker] = max(done, default=0)
     rows = db.execute("SELECT worker, min(seq), max(seq), count(*), min(of), max(of), count(DISTINCT k), "
                       "sum(text NOT LIKE worker||'/'||seq||'/'||k||'x%') FROM bulk GROUP BY worker").fetchall()

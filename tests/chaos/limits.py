@@ -75,7 +75,7 @@ class Limits:
                          f"{step}: {message} ({code})"]
 
     def gone(self, since, until):
-        return any(since < b + AFTER and until > a for a, b, _ in self.round.away)
+        return any(since < b + AFTER and until > a for a, b in self.round.away)
 
     def allowed(self, log, kind, primary, since, until):
         if primary in (CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_MISUSE, sqlite3.SQLITE_INTERNAL):
@@ -83,5 +83,6 @@ class Limits:
         if primary in (LOCKED, SCHEMA, PROTOCOL):
             return log.slot.how == "plain" or log.slot.deck.main == "mixed"
         if log.slot.deck.main == "small" and primary in (FULL, IOERR, CANTOPEN):
-            return kind in ("exhaust", "child") or any(since < b + AFTER and until > a for a, b in self.round.full)
+            if any(since < b + AFTER and until > a for a, b in self.round.full):
+                return True
         return kind in ("exhaust", "child") or self.gone(since, until)

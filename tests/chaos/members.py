@@ -122,6 +122,14 @@ class Process:
             return None
         return pid
 
+    def go_on(self):
+        """SIGCONT to the member, and to `turnstile run`, which has stopped itself with it, as a shell would see it."""
+        for pid in [self.process.pid, *descendants(self.process.pid)]:
+            try:
+                os.kill(pid, signal.SIGCONT)
+            except ProcessLookupError:
+                pass
+
     def kill(self):
         """SIGKILL to the member. What fed it ends by itself."""
         self.killed = True

@@ -60,8 +60,11 @@ class Plan:
                 weights["bulk"] = 25
             if name in ("wal", "first", "second"):
                 weights["vacuum"] = 0.1
+            if kind == "rust":
+                weights["back"] = 3
+            caches = (2000,) if name == "small" and kind != "rust" else (5, 10, 100, 2000)
             manners = [m for m in decks.MANNERS if m != "own-exit" or self.broker == "none"]
-            deck = decks.draw(rng, name, attached if pairs else None, weights, manners)
+            deck = decks.draw(rng, name, attached if pairs else None, weights, manners, caches=caches)
             how = "plain" if plain else "run" if kind in ("python-run", "shell") else "load"
             env = {"TURNSTILE_BEGIN": rng.choice(("learn", "learn", "learn", "immediate", "deferred"))}
             clock = None

@@ -18,6 +18,9 @@ import smalldisk
 PATIENCE = 8.0  # seconds, beyond the limit of waits, for whatever has to come to an end on a busy machine
 
 
+FOREVER = float("inf")
+
+
 class Broker(harness.Broker):
     """A broker whose directory is the round's."""
 
@@ -47,8 +50,8 @@ class Round:
         self.time_namespace = True
         self.faults, self.events, self.skips = [], [], []
         self.stops = []  # (slot index, since, until)
-        self.away = []  # (since, until, why): the broker does not answer
-        self.full = []  # (since, until): the small disk
+        self.away = []  # [since, until]: the broker does not answer, or not well
+        self.full = []  # [since, until]: the small disk
         self.counts = {"kills": 0, "stops": 0, "restarts": 0, "brokers": 0}
         self.agenda, self.order = [], itertools.count()
         self.held = set()  # slots that nobody starts now
@@ -149,7 +152,7 @@ class Round:
 
     def go_on(self, index, p):
         if p.stopped is not None:
-            p.send(signal.SIGCONT)
+            p.go_on()
             self.resumed(index, p)
 
     def go_on_all(self):
@@ -229,11 +232,12 @@ class Round:
         pid = self.broker.pid
         before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{pid}/fd")), before[1]))
-        since = time.monotonic()
+        window = [time.monotonic(), FOREVER]
+        self.away.append(window)
         self.say(f"the broker gets no descriptors for {event.more['long']:.1f} s")
 
         def enough():
-            self.away.append((since, time.monotonic(), "it had no descriptors"))
+            window[1] = time.monotonic()
             try:
                 resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
             except ProcessLookupError:
@@ -243,13 +247,14 @@ class Round:
     def do_disk(self, event, *_):
         if self.disk.why_not:
             return
+        window = [time.monotonic(), FOREVER]
+        self.full.append(window)
         self.disk.fill()
-        since = time.monotonic()
         self.say(f"the small disk is full for {event.more['long']:.1f} s")
 
         def enough():
             self.disk.empty()
-            self.full.append((since, time.monotonic()))
+            window[1] = time.monotonic()
         self.soon(event.more["long"], enough)
 
     # --- the broker's death ----------------------------------------------------------------------------------
@@ -258,6 +263,7 @@ class Round:
         how, down = event.more["how"], event.more["down"]
         self.go_on_all()
         self.gone = time.monotonic()
+        self.away.append([self.gone, FOREVER])
         self.counts["brokers"] += 1
         self.counts["kills"] += how != "term"
         if how == "kill":
@@ -286,9 +292,9 @@ class Round:
         self.soon(down, self.broker_back)
 
     def members_went_on(self):
-        """The broker is dead: whoever is in and has nothing to ask it goes on."""
-        for index, p in self.current.items():
-            if p.slot.steady and not p.leaving and p.started < self.gone - 3 and p.progress() < self.gone + 0.05:
+        """The broker is dead: whoever is in goes on, but that nobody finds those who wait in a circle."""
+        for p in self.current.values():
+            if p.slot.steady and not p.slot.deck.attached and not p.leaving and p.started < self.gone - 3 and p.progress() < self.gone + 0.05:
                 with open(p.log, errors="replace") as f:
                     last = f.read().splitlines()[-5:]
                 self.fault(f"{p.slot.name} ({p.worker}) did not go on without the broker: {last}")
@@ -296,9 +302,9 @@ class Round:
     def broker_back(self):
         self.broker.start()
         self.say("a new broker")
-        self.away.append((self.gone, time.monotonic(), "the broker was gone"))
         self.held = set()
         if self.readopt:
+            self.away[-1][1] = time.monotonic()
             self.at(time.monotonic() + PATIENCE, self.newcomers_got_in, time.monotonic())
             return
         # As docs/architecture.md has it: nobody can join until those who are in have closed.
@@ -307,16 +313,18 @@ class Round:
             p.leave()
         for index in range(len(self.plan.slots)):
             self.soon(0.1, self.start, index)
-        self.at(time.monotonic() + 2 * planning.LIMIT + PATIENCE, self.end_of_leaving, list(self.current.values()))
+        self.end_of_leaving(list(self.current.values()), time.monotonic() + 4 * planning.LIMIT + PATIENCE)
 
-    def end_of_leaving(self, those):
-        for p in those:
-            if p.process.poll() is None:
-                self.fault(f"{p.slot.name} ({p.worker}) did not leave after the broker's death")
-        self.away[-1] = (self.away[-1][0], self.last_leaver(those), self.away[-1][2])
-
-    def last_leaver(self, those):
-        return time.monotonic()
+    def end_of_leaving(self, those, limit):
+        those = [p for p in those if p.process.poll() is None]
+        if not those:
+            self.say("all have left the old broker's groups")
+            self.away[-1][1] = time.monotonic()
+        elif time.monotonic() < limit:
+            self.soon(0.05, self.end_of_leaving, those, limit)
+        else:
+            names = ", ".join(f"{p.slot.name} ({p.worker})" for p in those)
+            self.fault(f"they did not leave after the broker's death: {names}")
 
     def newcomers_got_in(self, since):
         for index, p in self.current.items():

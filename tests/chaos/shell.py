@@ -14,7 +14,7 @@ import time
 from worker import CERTAIN, Member, now, told_to_end
 
 ERROR = re.compile(r"(?:Runtime error|Parse error|Error)(?: near line \d+)?: (.*?)(?: \((\d+)\))?$")
-FULL, BUSY = 13, 5
+FULL, BUSY, CANTOPEN = 13, 5, 14
 
 
 class Gone(Exception):
@@ -68,13 +68,19 @@ class Shell(Member):
         while not told_to_end():
             since = now()
             self.start()
-            error, message = 0, ""
-            for _, sql in self.initial:
-                error, message = self.say("S", sql)
-                if error:
-                    break
+            try:
+                error, message = 0, ""
+                for _, sql in self.initial:
+                    error, message = self.say("S", sql)
+                    if error:
+                        break
+                row = "" if error else "".join(self.ask("PRAGMA turnstile_status"))
+            except Gone:
+                # It ends by itself where it cannot open the database.
+                if self.process.wait(30) != 1:
+                    raise
+                error, message = CANTOPEN, self.left.decode(errors="replace")
             if not error:
-                row = "".join(self.ask("PRAGMA turnstile_status"))
                 mode = re.search(r'"mode": ?"(\w+)"', row)
                 self.note(f"o {since:.6f} {now():.6f} {mode.group(1) if mode else 'none'}")
                 return True
