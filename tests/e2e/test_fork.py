@@ -32,11 +32,11 @@ def spilled_transaction(db):
                "INSERT INTO rows SELECT printf('%.300c', 'x'), i FROM n")
 
 
-def parent_survives(child_does, journal):
+def parent_survives(child_does, journal, mode="gated"):
     with Broker() as broker:
         db = create(broker.path("app.db"), journal)
         plain(db, "INSERT INTO rows VALUES('before', 0)")
-        parent = connect(db, broker=broker, mode="gated")
+        parent = connect(db, broker=broker, mode=mode)
         other = connect(db)
         parent.execute("INSERT INTO rows VALUES('first', 0)")  # walCleanupHash does nothing for an empty WAL
         spilled_transaction(parent)
@@ -74,6 +74,16 @@ def test_a_child_that_closes():
 def test_a_child_that_commits():
     for journal in ("wal", "delete"):
         parent_survives(lambda parent, _: parent.execute("COMMIT"), journal)
+
+
+@fails_without("guest-maps-shared")
+def test_in_guest_mode_a_child_changes_nothing_either():
+    """There the wal-index is the `-shm` file, mapped by the unix VFS, which SQLite's own rollback writes to."""
+    os.environ["TURNSTILE_MODE"] = "guest"
+    for child_does in ("ROLLBACK", "COMMIT", "close"):
+        for journal in ("wal", "delete"):
+            parent_survives(lambda parent, _: parent.close() if child_does == "close" else parent.execute(child_does),
+                            journal, "guest")
 
 
 def test_a_child_that_just_exits():
