@@ -23,7 +23,7 @@ KINDS = ("c", "c", "python", "rust", "c", "python-run", "rust", "python", "c", "
 
 
 class Plan:
-    def __init__(self, seed, n, seconds, members, without=(), small=True, only=None, broker=None, pairs=True):
+    def __init__(self, seed, n, seconds, members, without=(), small=True, only=None, broker=None, works=None, hurry=1.0):
         self.rng = rng = random.Random(f"{seed}/{n}")
         self.seconds = seconds
         self.on = [w for w in WHAT if w not in without]
@@ -35,10 +35,11 @@ class Plan:
                 if name in ("small", "mixed"):
                     mode = rng.choice(("wal", "delete"))
                 self.databases[name] = mode
-        self.slots = self._slots(members, pairs)
+        self.works, self.hurry = works, hurry
+        self.slots = self._slots(members)
         self.events = sorted(self._events(), key=lambda e: e.at)
 
-    def _slots(self, members, pairs):
+    def _slots(self, members):
         rng, slots = self.rng, []
         places = [d for d in DATABASES if d[0] in self.databases]
         shares = [p for p in places for _ in range(p[2])]
@@ -64,7 +65,7 @@ class Plan:
                 weights["back"] = 3
             caches = (2000,) if name == "small" and kind != "rust" else (5, 10, 100, 2000)
             manners = [m for m in decks.MANNERS if m != "own-exit" or self.broker == "none"]
-            deck = decks.draw(rng, name, attached if pairs else None, weights, manners, caches=caches)
+            deck = decks.draw(rng, name, attached, weights, manners, only=self.works, caches=caches)
             how = "plain" if plain else "run" if kind in ("python-run", "shell") else "load"
             env = {"TURNSTILE_BEGIN": rng.choice(("learn", "learn", "learn", "immediate", "deferred"))}
             clock = None
@@ -78,6 +79,7 @@ class Plan:
 
         def at(what, every, slots=None, **more):
             """Events of one kind, one in `every` seconds on average."""
+            every /= self.hurry
             t = rng.uniform(0.3, 0.3 + every)
             while what in self.on and t < self.seconds - 0.3:
                 slot = rng.choice(slots) if slots else None

@@ -55,7 +55,7 @@ class Round:
         self.counts = {"kills": 0, "stops": 0, "restarts": 0, "brokers": 0}
         self.agenda, self.order = [], itertools.count()
         self.held = set()  # slots that nobody starts now
-        self.env = {"TURNSTILE_WAIT": f"{planning.LIMIT:g}s", "TURNSTILE_FALLBACK": "refuse", "TURNSTILE_SOCKET":
+        self.env = {"TURNSTILE_WAIT": f"{planning.LIMIT * 1000:.0f}ms", "TURNSTILE_FALLBACK": "refuse", "TURNSTILE_SOCKET":
                     os.path.join(directory, "s")}
         if "TURNSTILE_PLANTED" in os.environ:
             self.env["TURNSTILE_PLANTED"] = os.environ["TURNSTILE_PLANTED"]
@@ -227,7 +227,7 @@ class Round:
 
     def do_descriptors(self, event, *_):
         """The broker may open no more descriptors than it has."""
-        if not self.broker.alive():
+        if not self.broker.alive() or self.away and self.away[-1][1] == FOREVER:
             return
         pid = self.broker.pid
         before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
@@ -338,7 +338,7 @@ class Round:
         self.agenda = [a for a in self.agenda if a[2] not in (self.happen,)]
         heapq.heapify(self.agenda)
         while self.agenda and not self.faults:
-            self.loop(min(self.agenda[0][0] + 0.02, time.monotonic() + 1))
+            self.loop(time.monotonic() + 0.05)
         self.go_on_all()
         for index in range(len(self.plan.slots)):
             self.start(index)
@@ -418,6 +418,8 @@ class Round:
             self.fault("the broker's socket is still there")
 
     def clean(self, keep):
+        with open(os.path.join(self.dir, "events"), "w") as f:
+            f.writelines(e + "\n" for e in self.events)
         for p in [*self.current.values()]:
             p.end()
         if self.broker.process is not None and self.broker.process.poll() is None:

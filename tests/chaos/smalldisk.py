@@ -4,7 +4,7 @@ import os
 import subprocess
 import time
 
-SIZE = 24 << 20
+SIZE = 96 << 20
 LEFT = 300_000  # bytes that a full disk has left
 
 
