@@ -27,7 +27,6 @@ class Limits:
     def __init__(self, round):
         self.round = round
         self.busy = collections.Counter()
-        self.early = []
         self.other = collections.Counter()
         self.worst = 0.0
 
@@ -62,7 +61,7 @@ class Limits:
             self.busy[kind] += 1
             if kind not in (*MAY_BE_BUSY, "open") and not self.excused(log, since, until):
                 line = log.slot.deck.works[entry].lines[step]
-                self.early.append(f"{log.slot.name} ({log.worker}) at {since - self.round.started:.3f}, work {seq}, "
+                faults.append(f"{log.slot.name} ({log.worker}) at {since - self.round.started:.3f}, work {seq}, "
                                   f"{kind}: BUSY after {until - since:.3f} s: {line} ({code})")
             return faults
         self.other[kind, primary] += 1

@@ -90,9 +90,13 @@ class Shell(Member):
         return False
 
     def close(self):
-        self.process.stdin.close()
+        try:
+            self.process.stdin.close()
+        except BrokenPipeError:
+            pass  # the shell has ended before
         self.process.stdout.close()
-        self.process.wait(30)
+        if self.process.wait(30) < 0:
+            raise Gone()
 
     def play(self, entry):
         self.seq += 1
