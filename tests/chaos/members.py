@@ -12,6 +12,7 @@ import harness
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CLONE_NEWTIME = 0x80
+JUMP = os.path.join(harness.CACHE, "bin", "chaos-jump.so")
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -95,8 +96,8 @@ class Process:
                 command += ["--", harness.bin(), "run", "--", harness.SHELL]
             else:
                 command = [harness.bin(), "run", "--", *command]
-        if slot.clock == "jumps":
-            env["LD_PRELOAD"] = os.path.join(harness.CACHE, "bin", "chaos-jump.so")
+        if slot.clock == "jumps" and os.path.exists(JUMP):
+            env["LD_PRELOAD"] = JUMP
         elif slot.clock and round.time_namespace:
             env["CHAOS_CLOCK_OFFSET"] = str(slot.clock)
             before = in_later_clock(slot.clock)
