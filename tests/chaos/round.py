@@ -40,6 +40,19 @@ class Broker(harness.Broker):
         return sorted(found)
 
 
+    def descriptors_in_full(self):
+        """For people."""
+        found = []
+        for fd in os.listdir(f"/proc/{self.pid}/fd"):
+            try:
+                with open(f"/proc/{self.pid}/fdinfo/{fd}") as f:
+                    who = [line.strip() for line in f if line.startswith("Pid:")]
+                found.append(" ".join([fd, os.readlink(f"/proc/{self.pid}/fd/{fd}"), *who]))
+            except OSError:
+                pass
+        return found
+
+
 class Round:
     def __init__(self, plan, directory, readopt=False):
         self.plan, self.dir, self.readopt = plan, directory, readopt
@@ -390,7 +403,8 @@ class Round:
             for name in self.plan.databases:
                 harness.plain(self.path(name), "BEGIN IMMEDIATE; ROLLBACK", retry=2)
         except AssertionError as e:
-            self.fault(f"{e}: {self.more_descriptors()} {self.broker.status()['databases']}")
+            self.fault(f"{e}: {self.more_descriptors()} of {self.broker.descriptors_in_full()} "
+                       f"{self.broker.status()['databases']}")
 
     def others(self):
         """Processes that are neither the broker nor its child."""
