@@ -1,7 +1,10 @@
 """What members may be told, and how long they may be kept waiting."""
 
 import collections
+import datetime
+import re
 import sqlite3
+import time
 
 import plan as planning
 
@@ -23,9 +26,27 @@ def overlap(since, until, windows):
     return sum(max(0.0, min(until, b) - max(since, a)) for a, b in windows)
 
 
+TAKEN_BACK = re.compile(r"(\S+)Z +DEBUG .*turn taken back.* database=(\d+)")
+OPENED = re.compile(r"\S+ +INFO .*opened database=(\d+) name=\"([^\"]*)\\.db\"")
+
+
+def taken_back(log):
+    """(database, seconds of the monotonic clock) of each turn that the broker has taken back, as its log tells."""
+    ahead = time.time() - time.monotonic()
+    names, found = {}, []
+    for line in log.splitlines():
+        if match := OPENED.match(line):
+            names[match.group(1)] = match.group(2)
+        elif match := TAKEN_BACK.match(line):
+            at = datetime.datetime.fromisoformat(match.group(1)).replace(tzinfo=datetime.timezone.utc)
+            found.append((names.get(match.group(2)), at.timestamp() - ahead))
+    return found
+
+
 class Limits:
     def __init__(self, round):
         self.round = round
+        self.revoked = taken_back(round.broker.log())
         self.busy = collections.Counter()
         self.other = collections.Counter()
         self.worst = 0.0
@@ -73,10 +94,13 @@ class Limits:
     def excused(self, log, since, until):
         """BUSY is SQL's own with several files, which members lock in a circle (BEGIN IMMEDIATE locks all of them), and
         in guest mode, where the locks are plain SQLite's; it is right when somebody was stopped, and cannot be helped without
-        the broker."""
+        the broker. And a thread that the machine has kept off its processors for long loses a turn that it has not used: see
+        docs/architecture.md."""
         deck = log.slot.deck
         guests = deck.main == "mixed" or "TURNSTILE_MODE" in self.round.env
         if deck.attached or guests or log.slot.how == "plain" or self.gone(since, until):
+            return True
+        if any(name == deck.main and since <= at <= until for name, at in self.revoked):
             return True
         slots = self.round.plan.slots
         return any(slots[i].deck.main == deck.main and since < b + 0.5 and until > a for i, a, b in self.round.stops)

@@ -25,7 +25,7 @@ class Broker(harness.Broker):
     """A broker whose directory is the round's."""
 
     def __init__(self, directory, env):
-        super().__init__(env=env)
+        super().__init__(env={**env, "TURNSTILE_LOG": "info,turnstile::broker::waits=debug"})
         self.dir = directory
         self.socket, self.logfile, self.record = (os.path.join(directory, n) for n in ("s", "broker.log", "unused"))
 

@@ -47,6 +47,12 @@ static void note(const char *format, ...) {
     if (write(record, line, n) != n) _exit(9);
 }
 
+/* What SQLite and turnstile have to say beside result codes. */
+static void logged(void *unused, int code, const char *text) {
+    (void)unused;
+    note("l %.6f %d %s", now(), code, text);
+}
+
 static int told_to_end(void) {
     struct pollfd in = {0, POLLIN, 0};
     return poll(&in, 1, 0) > 0;
@@ -301,6 +307,7 @@ int main(int argc, char **argv) {
     worker = atoll(argv[3]);
     seq = atoll(argv[4]);
     if (record < 0 || count == 0) return 3;
+    sqlite3_config(SQLITE_CONFIG_LOG, logged, NULL);
     if (open_database(-1)) {
         for (int i = atoi(argv[5]) % count; db && !told_to_end(); i = (i + 1) % count) play(i);
         if (db) close_database();

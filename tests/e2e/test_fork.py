@@ -1,5 +1,6 @@
 """A forked child has its parent's connections and must not be able to hurt it."""
 
+import ctypes
 import os
 import signal
 import sqlite3
@@ -84,6 +85,33 @@ def test_in_guest_mode_a_child_changes_nothing_either():
         for journal in ("wal", "delete"):
             parent_survives(lambda parent, _: parent.close() if child_does == "close" else parent.execute(child_does),
                             journal, "guest")
+
+
+@fails_without("childs-super-journal")
+def test_a_child_that_commits_two_files_makes_no_super_journal():
+    """SQLite's random numbers are the same in both processes, and so was the name: the child deleted its parent's."""
+    libc = ctypes.CDLL(None)
+    with Broker() as broker:
+        path, attached = (create(broker.path(name), "delete") for name in ("app.db", "b.db"))
+        parent = connect(path, broker=broker, mode="gated")
+        parent.execute(f"ATTACH '{attached}' AS b")
+        parent.execute("BEGIN")
+        for table in ("main.rows", "b.rows"):
+            parent.execute(f"INSERT INTO {table} VALUES('p', 1)")
+        watch = libc.inotify_init1(os.O_NONBLOCK)
+        in_create = 0x100
+        assert libc.inotify_add_watch(watch, broker.dir.encode(), in_create) >= 0
+        in_child(lambda: parent.execute("COMMIT"))
+        try:
+            seen = os.read(watch, 65536)
+        except BlockingIOError:
+            seen = b""
+        assert b"-mj" not in seen, seen
+        parent.execute("COMMIT")
+        assert b"-mj" in os.read(watch, 65536)
+        parent.close()
+        for each in (path, attached):
+            assert plain(each, "SELECT count(*) FROM rows", retry=5) == [["1"]]
 
 
 def test_a_child_that_just_exits():
