@@ -104,7 +104,11 @@ impl Server {
             // It may have ended that turn and taken another since it was looked at.
             let same = || unused(turn, db.is_guest(), |seat| db.queue.is_used(seat)) == Some(seen);
             if turn.revoke(seen.seat, || uses(turn, seen.seat) || !same()) {
-                tracing::debug!(seat = seen.seat, "turn taken back: no write lock followed");
+                tracing::debug!(
+                    database = number,
+                    seat = seen.seat,
+                    "turn taken back: no write lock followed"
+                );
                 db.turns_revoked += 1;
             }
             (db.watch.unused, db.watch.ran) = (None, None);

@@ -155,7 +155,8 @@ unsafe fn copy_present_pages(from: usize, to: usize, length: usize) {
     }
 }
 
-/// Remembers a shared mapping for the fork handler; `forget_mapping` with the same address when it is unmapped.
+/// Remembers a shared mapping for the fork handler; `forget_mapping` with the same address when it is unmapped. Twice
+/// remembered, it is copied twice: from the shared pages, then from the copy.
 pub fn remember_mapping(address: usize, length: usize) {
     let mut node = MAPPINGS.load(Ordering::Acquire);
     // SAFETY: nodes are leaked boxes, appended only.

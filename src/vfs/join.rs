@@ -9,6 +9,7 @@ use crate::client::host::{HostFd, LowDescriptors};
 use crate::client::joining::Joins;
 use crate::client::member::Member;
 use crate::client::resting::{self, Home};
+use crate::planted::planted;
 use crate::segment::gate;
 use crate::wire::message::{self, Join, Mode};
 use libsqlite3_sys as ffi;
@@ -58,12 +59,14 @@ type Kept = BTreeMap<(u64, u64), Vec<OwnedFd>>;
 /// because that would drop the POSIX locks that this process's connections hold on the same file (guest mode).
 /// Used again instead of opening another.
 static KEPT: PerProcess<Mutex<Kept>> = PerProcess::new();
+/// Those of `-shm` files: plain clients remove theirs at the last close and make another.
+static KEPT_SHM: PerProcess<Mutex<Kept>> = PerProcess::new();
 
 /// A descriptor of the file at `path`, opened read-write by this process's own rights or kept from before.
-fn second_descriptor(path: &Path) -> Option<OwnedFd> {
+fn second_descriptor(path: &Path, of: &'static PerProcess<Mutex<Kept>>) -> Option<OwnedFd> {
     let meta = std::fs::symlink_metadata(path).ok().filter(|m| m.is_file())?;
     let identity = (meta.dev(), meta.ino());
-    let mut kept = KEPT.get().lock().unwrap_or_else(PoisonError::into_inner);
+    let mut kept = of.get().lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(fd) = kept.get_mut(&identity).and_then(Vec::pop) {
         return Some(fd);
     }
@@ -71,13 +74,23 @@ fn second_descriptor(path: &Path) -> Option<OwnedFd> {
     open(path, flags, Bits::empty()).ok()
 }
 
-fn keep(fd: OwnedFd) {
+fn keep(fd: OwnedFd, of: &'static PerProcess<Mutex<Kept>>) {
     if let Ok(st) = fstat(&fd) {
-        let mut kept = KEPT.get().lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kept = of.get().lock().unwrap_or_else(PoisonError::into_inner);
         kept.entry((st.st_dev, st.st_ino)).or_default().push(fd);
     } else {
         std::mem::forget(fd);
     }
+}
+
+/// Keeps the descriptor of a `-shm` file, and closes those of files that have been removed since. SQLite removes one when
+/// nobody has it open any more, so no lock of this process's is on it; else each open beside plain clients that come and
+/// go would cost a descriptor.
+fn keep_shm(fd: OwnedFd) {
+    keep(fd, &KEPT_SHM);
+    let mut kept = KEPT_SHM.get().lock().unwrap_or_else(PoisonError::into_inner);
+    let there = |fd: &OwnedFd| fstat(fd).is_ok_and(|st| st.st_nlink > 0) || planted("removed-shm-kept");
+    kept.retain(|_, fds| fds.first().is_some_and(there));
 }
 
 fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
@@ -108,9 +121,9 @@ pub fn join(
     let directory = open(directory, flags, Bits::empty()).map_err(|e| io(e.into()))?;
     // A read-only connection of a process that may write joins as a writer, so that readers that start first
     // do not force guest mode.
-    let own = if read_only(fd) { second_descriptor(path) } else { None };
+    let own = if read_only(fd) { second_descriptor(path, &KEPT) } else { None };
     let shm_path = with_suffix(path, "-shm");
-    let shm = second_descriptor(&shm_path);
+    let shm = second_descriptor(&shm_path, &KEPT_SHM);
     drop(low);
 
     let mut claim = Joins {
@@ -131,16 +144,16 @@ pub fn join(
         let Some(shm) = claim.shm.take_if(|shm| bad_descriptor(&result) && replaced(shm, &shm_path)) else {
             break;
         };
-        keep(shm);
+        keep_shm(shm);
         let _low = LowDescriptors::occupy().map_err(io)?;
-        claim.shm = second_descriptor(&shm_path);
+        claim.shm = second_descriptor(&shm_path, &KEPT_SHM);
         result = Member::join(config, &claim);
     }
     let Joins { shm, directory, join, .. } = claim;
     let gated = matches!(&result, Ok(m) if m.mode() == Mode::Gated);
     // Gated: nobody in this process holds POSIX locks on these files, the gate would not stand. Else keep them.
     if let Some(shm) = shm.filter(|_| !gated) {
-        keep(shm);
+        keep_shm(shm);
     }
     match result {
         Ok(mut member) => {
@@ -149,14 +162,14 @@ pub fn join(
             }
             match (own, gated) {
                 (Some(own), true) => member.keep(HostFd::of_shared_file(own).map_err(io)?),
-                (Some(own), false) => keep(own),
+                (Some(own), false) => keep(own, &KEPT),
                 (None, _) => {}
             }
             admitted(library, member, fd, path)
         }
         Err(e) => {
             if let Some(own) = own {
-                keep(own);
+                keep(own, &KEPT);
             }
             match e {
                 JoinError::NoBroker(reason) if config.fallback == Fallback::Plain => {

@@ -12,6 +12,8 @@ use crate::client::fork;
 use crate::client::member::Member;
 use crate::lock::commits::Awaited;
 use crate::lock::{FileLevel, slot};
+use crate::planted::planted;
+use crate::segment::layout::REGION_SIZE;
 use crate::segment::wal_index::{Header, WalIndex};
 use crate::wire::message::Mode;
 use libsqlite3_sys as ffi;
@@ -52,6 +54,8 @@ pub struct MainFile {
     /// Between the first `xShmMap` and `xShmUnmap`.
     pub wal_open: bool,
     pub wal_index: Option<WalIndex>,
+    /// In guest mode: the regions of `-shm` that the unix VFS has mapped for this connection, for the fork handler.
+    guest_regions: Vec<usize>,
     /// The seat had the turn when last heard.
     pub turn: bool,
     /// The next unlock of a read slot is SQLite's retry, not the end of the transaction.
@@ -125,6 +129,7 @@ impl MainFile {
             closing: false,
             wal_open: false,
             wal_index: None,
+            guest_regions: Vec::new(),
             turn: false,
             retry_expected: false,
             rerun: Rerun::default(),
@@ -160,6 +165,20 @@ impl MainFile {
     /// Inherited from the process that forked this one: nothing of it may be used.
     pub fn inherited(&self) -> bool {
         self.epoch != fork::epoch() && matches!(self.service, Service::Seat(_))
+    }
+
+    /// In guest mode: a forked child gets a private copy of this region. Several connections of a process share a
+    /// mapping; each remembers it, because each may be the last one.
+    pub fn remember_guest_region(&mut self, address: usize) {
+        if self.guest().is_some() && !self.guest_regions.contains(&address) && !planted("guest-maps-shared") {
+            fork::remember_mapping(address, REGION_SIZE);
+            self.guest_regions.push(address);
+        }
+    }
+
+    /// Before the unix VFS may unmap them.
+    pub fn forget_guest_regions(&mut self) {
+        self.guest_regions.drain(..).for_each(fork::forget_mapping);
     }
 
     /// The seat, if the broker answers for this file.

@@ -119,6 +119,7 @@ unsafe extern "C" fn close(file: File) -> c_int {
             std::mem::forget(main);
             return rc;
         }
+        main.forget_guest_regions();
         match main.service {
             Service::Plain(_) => closed(),
             Service::Seat(member) => {

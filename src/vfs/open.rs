@@ -11,6 +11,7 @@ use super::wrapped::{Kind, Wrapped, descriptor};
 use crate::client::config::{Config, FOR_ONE_DATABASE};
 use crate::client::fork::PerProcess;
 use crate::lock::FileLevel;
+use crate::planted::planted;
 use libsqlite3_sys as ffi;
 use std::ffi::{CStr, c_char, c_int};
 use std::os::unix::ffi::OsStrExt;
@@ -75,6 +76,25 @@ pub fn inherited_guest(identity: (u64, u64)) -> bool {
     lock(&open_files().inherited).iter().any(|n| n.guest == Some(identity))
 }
 
+/// A forked child commits several files of an inherited connection. SQLite's random numbers are the same in both
+/// processes, so its super-journal has the name of the parent's, and the child would delete that.
+fn is_inherited_super_journal(name: *const c_char) -> bool {
+    if name.is_null() || planted("childs-super-journal") {
+        return false;
+    }
+    // SAFETY: SQLite's name for the file to open.
+    let name = unsafe { CStr::from_ptr(name) }.to_bytes();
+    let belongs = |n: &Names| {
+        // SAFETY: SQLite's name for a journal, which lives as long as the connection; that one is not closed yet.
+        let journal = (n.journal != 0).then(|| unsafe { CStr::from_ptr(n.journal as *const c_char) });
+        journal
+            .and_then(|j| j.to_bytes().strip_suffix(b"-journal"))
+            .is_some_and(|main| name.strip_prefix(main).is_some_and(|rest| rest.starts_with(b"-mj")))
+    };
+    let files = open_files();
+    lock(&files.inherited).iter().any(belongs) && !lock(&files.own).iter().any(belongs)
+}
+
 /// The file is about to close.
 pub fn forget(main: &MainFile) {
     let files = open_files();
@@ -94,6 +114,11 @@ pub unsafe extern "C" fn open(
         let Some(library) = Library::of_vfs(vfs) else { return ffi::SQLITE_CANTOPEN };
         let Some(real_open) = library.original.xOpen else { return ffi::SQLITE_CANTOPEN };
         let mut opened: c_int = flags;
+        if flags & ffi::SQLITE_OPEN_SUPER_JOURNAL != 0 && is_inherited_super_journal(name) {
+            // SAFETY: the callback's own argument; SQLite wants pMethods null after a failed open.
+            unsafe { (*file).pMethods = std::ptr::null() };
+            return ffi::SQLITE_CANTOPEN;
+        }
         // SAFETY: the callback's own arguments, with the unix VFS in place of ours.
         let rc = unsafe { real_open(library.unix, name, file, flags, &mut opened) };
         if !out_flags.is_null() {

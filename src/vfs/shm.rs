@@ -37,6 +37,9 @@ pub fn map(
     if main.gated().is_none() {
         let rc = real!(w, xShmMap, ffi::SQLITE_IOERR_SHMMAP, file, region, size, extend, out);
         let Kind::Main(main) = &mut w.kind else { return rc };
+        if !out.is_null() {
+            main.remember_guest_region(*out as usize);
+        }
         if region == 0 && !out.is_null() {
             // SAFETY: the unix VFS keeps the first region mapped until xShmUnmap, which forgets it here.
             main.wal_index = Some(unsafe { WalIndex::new((*out).cast()) });
@@ -366,6 +369,7 @@ pub fn unmap(file: File, w: &mut Wrapped, delete: c_int) -> c_int {
     let Kind::Main(main) = &mut w.kind else { return ffi::SQLITE_MISUSE };
     if main.gated().is_none() {
         main.wal_index = None;
+        main.forget_guest_regions();
         return real!(w, xShmUnmap, ffi::SQLITE_OK, file, delete);
     }
     let index = main.wal_index.take();

@@ -1,5 +1,6 @@
 """A forked child has its parent's connections and must not be able to hurt it."""
 
+import ctypes
 import os
 import signal
 import sqlite3
@@ -32,11 +33,11 @@ def spilled_transaction(db):
                "INSERT INTO rows SELECT printf('%.300c', 'x'), i FROM n")
 
 
-def parent_survives(child_does, journal):
+def parent_survives(child_does, journal, mode="gated"):
     with Broker() as broker:
         db = create(broker.path("app.db"), journal)
         plain(db, "INSERT INTO rows VALUES('before', 0)")
-        parent = connect(db, broker=broker, mode="gated")
+        parent = connect(db, broker=broker, mode=mode)
         other = connect(db)
         parent.execute("INSERT INTO rows VALUES('first', 0)")  # walCleanupHash does nothing for an empty WAL
         spilled_transaction(parent)
@@ -74,6 +75,43 @@ def test_a_child_that_closes():
 def test_a_child_that_commits():
     for journal in ("wal", "delete"):
         parent_survives(lambda parent, _: parent.execute("COMMIT"), journal)
+
+
+@fails_without("guest-maps-shared")
+def test_in_guest_mode_a_child_changes_nothing_either():
+    """There the wal-index is the `-shm` file, mapped by the unix VFS, which SQLite's own rollback writes to."""
+    os.environ["TURNSTILE_MODE"] = "guest"
+    for child_does in ("ROLLBACK", "COMMIT", "close"):
+        for journal in ("wal", "delete"):
+            parent_survives(lambda parent, _: parent.close() if child_does == "close" else parent.execute(child_does),
+                            journal, "guest")
+
+
+@fails_without("childs-super-journal")
+def test_a_child_that_commits_two_files_makes_no_super_journal():
+    """SQLite's random numbers are the same in both processes, and so was the name: the child deleted its parent's."""
+    libc = ctypes.CDLL(None)
+    with Broker() as broker:
+        path, attached = (create(broker.path(name), "delete") for name in ("app.db", "b.db"))
+        parent = connect(path, broker=broker, mode="gated")
+        parent.execute(f"ATTACH '{attached}' AS b")
+        parent.execute("BEGIN")
+        for table in ("main.rows", "b.rows"):
+            parent.execute(f"INSERT INTO {table} VALUES('p', 1)")
+        watch = libc.inotify_init1(os.O_NONBLOCK)
+        in_create = 0x100
+        assert libc.inotify_add_watch(watch, broker.dir.encode(), in_create) >= 0
+        in_child(lambda: parent.execute("COMMIT"))
+        try:
+            seen = os.read(watch, 65536)
+        except BlockingIOError:
+            seen = b""
+        assert b"-mj" not in seen, seen
+        parent.execute("COMMIT")
+        assert b"-mj" in os.read(watch, 65536)
+        parent.close()
+        for each in (path, attached):
+            assert plain(each, "SELECT count(*) FROM rows", retry=5) == [["1"]]
 
 
 def test_a_child_that_just_exits():

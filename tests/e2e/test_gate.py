@@ -111,6 +111,23 @@ def test_plain_first_means_guest_mode_and_both_write():
             check_rows(db, broker.path(journal))
 
 
+@fails_without("removed-shm-kept")
+def test_a_guest_beside_plain_clients_that_come_and_go_keeps_no_descriptors():
+    """Plain clients remove `-shm` at their last close, and make another. The descriptor by which a guest looked at the
+    last one was kept, for the sake of locks that nobody has there any more."""
+    with Broker() as broker:
+        db = create(broker.path("app.db"))
+        with PlainShell(db) as shell:
+            shell.run("SELECT count(*) FROM rows")
+            connect(db, broker=broker, mode="guest").close()
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(5):
+            with PlainShell(db) as shell:
+                shell.run("SELECT count(*) FROM rows")
+                connect(db, mode="guest").close()
+        assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
 def test_guest_mode_can_be_asked_for():
     with Broker(env={"TURNSTILE_MODE": "guest"}) as broker:
         os.environ["TURNSTILE_MODE"] = "guest"
