@@ -7,6 +7,7 @@ use super::open::{delete, open};
 use super::waiting::sleep;
 use crate::client::autostart::own_path;
 use crate::client::config::Config;
+use crate::planted::planted;
 use libsqlite3_sys as ffi;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -123,12 +124,24 @@ unsafe fn say(
     }
 }
 
+/// Without the trace, connections' statements are walked.
+fn trace_connections(library: &Library) {
+    if !planted("no-trace") {
+        // SAFETY: an entry point as SQLite calls it, in a library that is never unloaded.
+        let _ = unsafe { (library.api.auto_extension)(trace_new as *const c_void) };
+    }
+}
+
 /// Registers the VFS with a library, once: wraps `unix` in place and makes `turnstile` the default, unless the
 /// application has made another VFS the default.
 fn register(api: super::api::Routines) -> Result<&'static Library, String> {
     static REGISTERING: Mutex<()> = Mutex::new(());
     let _guard = REGISTERING.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(known) = Library::of_table(&api) {
+        if !planted("traces-once") {
+            // Gone after sqlite3_shutdown and sqlite3_reset_auto_extension; there already, nothing happens.
+            trace_connections(known);
+        }
         return Ok(known);
     }
     // SAFETY: sqlite3_vfs_find with a static name, or null for the default.
@@ -159,10 +172,7 @@ fn register(api: super::api::Routines) -> Result<&'static Library, String> {
         (*unix).xOpen = Some(open);
         (*unix).xDelete = Some(delete);
         (*unix).xSleep = Some(sleep);
-        if !crate::planted::planted("no-trace") {
-            // Without it the statements are walked.
-            let _ = (api.auto_extension)(trace_new as *const c_void);
-        }
+        trace_connections(&*library);
         if make_default == 0 && !default.is_null() {
             let name = CStr::from_ptr((*default).zName).to_string_lossy().into_owned();
             let text =

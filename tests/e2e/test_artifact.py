@@ -101,6 +101,26 @@ def second_library(broker):
     return Library(copy)
 
 
+@fails_without("traces-once")
+def test_loading_again_after_auto_extensions_were_reset():
+    """As sqlite3_shutdown does. Only a traced connection has its automatic checkpoints taken over by the broker."""
+    with Broker() as broker:
+        path = create(broker.path("app.db"))
+        os.environ["TURNSTILE_SOCKET"] = broker.socket
+        library = Library(system_library())
+        library.lib.sqlite3_wal_hook.restype = ctypes.c_void_p
+        for round in range(2):
+            memory = library.open(":memory:")
+            assert library.load(memory) == (0, "")
+            library.close(memory)
+            db = library.open(path)
+            library.execute(db, f"INSERT INTO rows VALUES('w', {round})")
+            frames = library.lib.sqlite3_wal_hook(db, None, None)
+            assert frames > 1000, f"round {round}: it checkpoints by itself after {frames} frames"
+            library.close(db)
+            library.lib.sqlite3_reset_auto_extension()
+
+
 def test_two_sqlite_libraries_in_one_process():
     """Both load the same extension; each has its own VFS and its own seat, on one file."""
     with Broker() as broker:
