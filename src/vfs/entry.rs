@@ -1,7 +1,7 @@
 //! The extension's entry points: registering the VFS with the library that loads us, adopting its connection.
 
 use super::adopt;
-use super::api::{Library, read_routines};
+use super::api::{Library, read_routines, say};
 use super::note;
 use super::open::{delete, open};
 use super::waiting::sleep;
@@ -84,10 +84,9 @@ unsafe fn enter(
             library.log(ffi::SQLITE_WARNING, &reason);
             ffi::SQLITE_OK
         }
-        Ok(Err((library, reason))) => {
-            let library = library.map(|l| l.api);
+        Ok(Err((_, reason))) => {
             // SAFETY: by contract.
-            unsafe { say(library, message, routines, &reason) };
+            unsafe { say(routines, message, &reason) };
             ffi::SQLITE_ERROR
         }
         Err(_) => ffi::SQLITE_ERROR,
@@ -103,25 +102,6 @@ fn silence_panics() {
             std::panic::set_hook(Box::new(|_| {}));
         }
     });
-}
-
-/// Leaves a message where `sqlite3_load_extension` returns it.
-///
-/// # Safety
-/// As [`enter`].
-unsafe fn say(
-    api: Option<super::api::Routines>,
-    message: *mut *mut c_char,
-    routines: *const c_void,
-    reason: &str,
-) {
-    // SAFETY: by contract.
-    let api = api.or_else(|| unsafe { read_routines(routines) }.ok());
-    if let (Some(api), false) = (api, message.is_null()) {
-        let text = std::ffi::CString::new(format!("turnstile: {reason}")).unwrap_or_default();
-        // SAFETY: a place for a string from sqlite3_mprintf.
-        unsafe { *message = (api.mprintf)(c"%s".as_ptr(), text.as_ptr()) };
-    }
 }
 
 /// Without the trace, connections' statements are walked.
