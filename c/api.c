@@ -77,3 +77,8 @@ int turnstile_api_read(const sqlite3_api_routines *p, int least, struct turnstil
   out->is_interrupted = version>=3041000 ? p->is_interrupted : NULL;
   return version;
 }
+
+/* A message where sqlite3_load_extension returns it, also for a library that is too old for the rest. */
+void turnstile_api_say(const sqlite3_api_routines *p, char **out, const char *text){
+  *out = p->mprintf("%s", text);
+}

@@ -6,6 +6,7 @@ use super::session::Stage;
 use crate::lock::queue::Lane;
 use crate::lock::seat::begins_transaction;
 use crate::lock::{Ask, FileLevel, Request, Verdict};
+use crate::planted::planted;
 use crate::wire::message::{FromBroker, Hello, PROTOCOL_MAGIC, PROTOCOL_VERSION, Role, SeatKey, ToBroker};
 use crate::wire::socket::Packet;
 use std::cell::Cell;
@@ -46,7 +47,8 @@ impl Server {
                 self.wal_file(id, seat, packet.fds);
                 Ok(())
             }
-            (Stage::Open, request @ (ToBroker::Lock { .. } | ToBroker::Cancel { .. })) => {
+            (Stage::Open, request @ (ToBroker::Lock { seat, .. } | ToBroker::Cancel { seat })) => {
+                self.own(id, seat)?;
                 self.requests.push((id, request));
                 Ok(())
             }
@@ -94,8 +96,13 @@ impl Server {
                 self.lock(id, request, seat, ask, (connection, thread as u32))
             }
             ToBroker::Cancel { seat } => {
-                self.own(id, seat)?;
-                self.end_wait(seat, false);
+                // Its request may have been answered before this was read, and the seat have left since: that is read
+                // behind this, but served before it.
+                match self.own(id, seat) {
+                    Err(reason) if planted("late-cancel-is-foul") => return Err(reason),
+                    Err(_) => {}
+                    Ok(()) => self.end_wait(seat, false),
+                }
                 Ok(())
             }
             ToBroker::Unlock { seat, release } => {

@@ -123,7 +123,7 @@ impl Member {
     }
 
     /// What has no answer.
-    fn say(&self, message: &ToBroker, fds: &[i32]) -> Result<(), Lost> {
+    pub(super) fn say(&self, message: &ToBroker, fds: &[i32]) -> Result<(), Lost> {
         self.again(|link| link.send(message, fds))
     }
 

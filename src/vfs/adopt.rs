@@ -5,6 +5,7 @@ use super::main_file::MainFile;
 use super::open::{install, service_for};
 use super::statement::Connection;
 use super::wrapped::{Kind, Wrapped};
+use crate::planted::planted;
 use libsqlite3_sys as ffi;
 use std::ffi::{CStr, CString, c_int, c_void};
 use std::ptr;
@@ -56,6 +57,11 @@ pub fn all_checkpointed_by_broker(library: &Library, db: *mut ffi::sqlite3) -> b
 /// Adopts every database of the connection. On error nothing half-works: what could not be adopted stays plain
 /// and the caller fails the load.
 pub fn connection(library: &'static Library, db: *mut ffi::sqlite3) -> Result<(), String> {
+    if !planted("list-before-main") {
+        // First, because `PRAGMA database_list` reads the schema before SQLite 3.39 or so, and whatever has been read
+        // in WAL mode keeps its lock.
+        database(library, db, c"main")?;
+    }
     for name in database_names(library, db) {
         database(library, db, &name)?;
     }

@@ -50,6 +50,7 @@ pub struct Routines {
 
 unsafe extern "C" {
     fn turnstile_api_read(table: *const c_void, least: c_int, out: *mut Routines) -> c_int;
+    fn turnstile_api_say(table: *const c_void, out: *mut *mut c_char, text: *const c_char);
 }
 
 /// One SQLite library in this process, with its unix VFS as it was before we wrapped it.
@@ -137,6 +138,18 @@ impl Library {
         let value = unsafe { (self.api.uri_parameter)(name, key.as_ptr()) };
         // SAFETY: NUL-terminated if not null.
         (!value.is_null()).then(|| unsafe { CStr::from_ptr(value) }.to_string_lossy().into_owned())
+    }
+}
+
+/// Leaves a message where `sqlite3_load_extension` returns it, whatever the library's version.
+///
+/// # Safety
+/// The routine table and the place for a message that SQLite handed to the extension's entry point.
+pub unsafe fn say(table: *const c_void, message: *mut *mut c_char, reason: &str) {
+    let text = CString::new(format!("turnstile: {reason}")).unwrap_or_default();
+    if !table.is_null() && !message.is_null() {
+        // SAFETY: by contract; the C side copies the text into SQLite's memory.
+        unsafe { turnstile_api_say(table, message, text.as_ptr()) };
     }
 }
 

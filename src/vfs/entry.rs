@@ -1,12 +1,13 @@
 //! The extension's entry points: registering the VFS with the library that loads us, adopting its connection.
 
 use super::adopt;
-use super::api::{Library, read_routines};
+use super::api::{Library, read_routines, say};
 use super::note;
 use super::open::{delete, open};
 use super::waiting::sleep;
 use crate::client::autostart::own_path;
 use crate::client::config::Config;
+use crate::planted::planted;
 use libsqlite3_sys as ffi;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -83,10 +84,9 @@ unsafe fn enter(
             library.log(ffi::SQLITE_WARNING, &reason);
             ffi::SQLITE_OK
         }
-        Ok(Err((library, reason))) => {
-            let library = library.map(|l| l.api);
+        Ok(Err((_, reason))) => {
             // SAFETY: by contract.
-            unsafe { say(library, message, routines, &reason) };
+            unsafe { say(routines, message, &reason) };
             ffi::SQLITE_ERROR
         }
         Err(_) => ffi::SQLITE_ERROR,
@@ -104,22 +104,11 @@ fn silence_panics() {
     });
 }
 
-/// Leaves a message where `sqlite3_load_extension` returns it.
-///
-/// # Safety
-/// As [`enter`].
-unsafe fn say(
-    api: Option<super::api::Routines>,
-    message: *mut *mut c_char,
-    routines: *const c_void,
-    reason: &str,
-) {
-    // SAFETY: by contract.
-    let api = api.or_else(|| unsafe { read_routines(routines) }.ok());
-    if let (Some(api), false) = (api, message.is_null()) {
-        let text = std::ffi::CString::new(format!("turnstile: {reason}")).unwrap_or_default();
-        // SAFETY: a place for a string from sqlite3_mprintf.
-        unsafe { *message = (api.mprintf)(c"%s".as_ptr(), text.as_ptr()) };
+/// Without the trace, connections' statements are walked.
+fn trace_connections(library: &Library) {
+    if !planted("no-trace") {
+        // SAFETY: an entry point as SQLite calls it, in a library that is never unloaded.
+        let _ = unsafe { (library.api.auto_extension)(trace_new as *const c_void) };
     }
 }
 
@@ -129,6 +118,10 @@ fn register(api: super::api::Routines) -> Result<&'static Library, String> {
     static REGISTERING: Mutex<()> = Mutex::new(());
     let _guard = REGISTERING.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(known) = Library::of_table(&api) {
+        if !planted("traces-once") {
+            // Gone after sqlite3_shutdown and sqlite3_reset_auto_extension; there already, nothing happens.
+            trace_connections(known);
+        }
         return Ok(known);
     }
     // SAFETY: sqlite3_vfs_find with a static name, or null for the default.
@@ -159,10 +152,7 @@ fn register(api: super::api::Routines) -> Result<&'static Library, String> {
         (*unix).xOpen = Some(open);
         (*unix).xDelete = Some(delete);
         (*unix).xSleep = Some(sleep);
-        if !crate::planted::planted("no-trace") {
-            // Without it the statements are walked.
-            let _ = (api.auto_extension)(trace_new as *const c_void);
-        }
+        trace_connections(&*library);
         if make_default == 0 && !default.is_null() {
             let name = CStr::from_ptr((*default).zName).to_string_lossy().into_owned();
             let text =

@@ -229,8 +229,10 @@ fn admitted(
         ));
     }
     if member.mode() == Mode::Guest {
-        let text =
-            format!("{}: guest mode: plain clients hold the file, locks are SQLite's own", path.display());
+        let text = format!(
+            "{}: guest mode, because plain clients hold the file or it was asked for: locks are SQLite's own",
+            path.display()
+        );
         library.log(ffi::SQLITE_NOTICE, &text);
     }
     Ok(Service::Seat(member))

@@ -298,6 +298,16 @@ impl MainFile {
         }
     }
 
+    /// SQLite, admitted on probation, does what it does after its look for a hot journal: others may come in.
+    pub fn found_no_hot_journal(&mut self) {
+        if self.probation && self.level == FileLevel::Shared {
+            self.probation = false;
+            if let Some(member) = self.gated() {
+                let _ = member.journal_is_clear();
+            }
+        }
+    }
+
     /// Whether the rollback journal is there now. An error that is not its absence counts as yes.
     pub fn journal_exists(&self) -> bool {
         if self.journal_name.is_null() {

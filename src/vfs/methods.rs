@@ -177,19 +177,14 @@ unsafe extern "C" fn fetch(file: File, offset: i64, amount: c_int, to: *mut *mut
     })
 }
 
-/// Whether what was read under this file's locks may be believed. The first page read after SHARED also tells
-/// that the journal was found cold.
+/// Whether what was read under this file's locks may be believed. The first page read after SHARED also tells that
+/// there was no hot journal.
 fn after_read(w: &mut Wrapped) -> bool {
     if w.inherited() {
         return true;
     }
     let Some(main) = main_file(w) else { return true };
-    if main.probation && main.level == FileLevel::Shared {
-        main.probation = false;
-        if let Some(member) = main.gated() {
-            let _ = member.journal_is_clear();
-        }
-    }
+    main.found_no_hot_journal();
     let Some(member) = main.gated() else { return true };
     let trusted = match member.role() {
         Role::ReadWrite => member.shared().is_none_or(|s| !s.poisoned()),

@@ -258,6 +258,10 @@ fn opened_companion(name: *const c_char, file: File, flags: c_int) {
     // SAFETY: as in `looked_at`.
     let main = unsafe { &mut *owner.main };
     let wal = flags & ffi::SQLITE_OPEN_WAL != 0;
+    if wal && !planted("probation-until-a-page") {
+        // All pages may be in the WAL, and its index a VFS's above ours: then nothing else tells.
+        main.found_no_hot_journal();
+    }
     let wal_of = main.gated().filter(|_| wal).and_then(|m| m.shared().cloned());
     let wal = main.gated().filter(|_| wal).map(|member| {
         // SAFETY: SQLite's name for its WAL, which it has just opened.

@@ -101,6 +101,48 @@ def second_library(broker):
     return Library(copy)
 
 
+@fails_without("traces-once")
+def test_loading_again_after_auto_extensions_were_reset():
+    """As sqlite3_shutdown does. Only a traced connection has its automatic checkpoints taken over by the broker."""
+    with Broker() as broker:
+        path = create(broker.path("app.db"))
+        os.environ["TURNSTILE_SOCKET"] = broker.socket
+        library = Library(system_library())
+        library.lib.sqlite3_wal_hook.restype = ctypes.c_void_p
+        for round in range(2):
+            memory = library.open(":memory:")
+            assert library.load(memory) == (0, "")
+            library.close(memory)
+            db = library.open(path)
+            library.execute(db, f"INSERT INTO rows VALUES('w', {round})")
+            frames = library.lib.sqlite3_wal_hook(db, None, None)
+            assert frames > 1000, f"round {round}: it checkpoints by itself after {frames} frames"
+            library.close(db)
+            library.lib.sqlite3_reset_auto_extension()
+
+
+def test_a_sqlite_that_is_too_old_is_refused_with_the_reason():
+    """The system's library, with the version 3.33.0 in the routine table that it hands over."""
+    library = Library(system_library())
+    number = ctypes.cast(library.lib.sqlite3_libversion_number, ctypes.c_void_p).value
+    entry = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_char_p), ctypes.c_void_p)
+    older = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 3033000)
+    refused = []
+
+    @entry
+    def auto_extension(db, message, routines):
+        words = (ctypes.c_void_p * 256).from_buffer_copy(ctypes.string_at(routines, 256 * 8))
+        words[list(words).index(number)] = ctypes.cast(older, ctypes.c_void_p).value
+        said = ctypes.c_char_p()
+        rc = entry(("sqlite3_turnstile_init", ctypes.CDLL(lib())))(db, ctypes.byref(said), ctypes.addressof(words))
+        refused.append((rc, said.value))
+        return 0
+
+    library.lib.sqlite3_auto_extension(auto_extension)
+    library.close(library.open(":memory:"))
+    assert refused == [(1, b"turnstile: SQLite 3.33.0 is too old: turnstile needs 3.34 or later")], refused
+
+
 def test_two_sqlite_libraries_in_one_process():
     """Both load the same extension; each has its own VFS and its own seat, on one file."""
     with Broker() as broker:

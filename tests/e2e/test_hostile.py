@@ -4,12 +4,13 @@ neither grows nor stops."""
 import contextlib
 import fcntl
 import os
+import signal
 import socket
 import sqlite3
 import tempfile
 
-from harness import (Broker, Workers, bin, check_rows, connect, create, is_busy, plain, run, slow, timeout, wait_until,
-                     waits)
+from harness import (Broker, Workers, bin, check_rows, connect, create, fails_without, is_busy, plain, run, slow, timeout,
+                     wait_until, waits)
 from test_gate import JOINED, REFUSED, Wire, varint
 
 # The messages by their number, in the order of src/wire/message.rs.
@@ -243,6 +244,29 @@ def test_a_wal_index_grows_by_what_is_used():
                     for fd in fds:
                         os.close(fd)
             goes_on()
+
+
+@fails_without("late-cancel-is-foul")
+def test_a_cancellation_that_has_crossed_its_answer_is_no_offence():
+    """No hostile one: a client gives up a wait, reads that it was answered just then, and leaves. The broker reads both
+    messages in one round and serves the second first. It ended the session, and with it every connection of the process.
+    """
+    with Broker() as broker:
+        db = create(broker.path("app.db"))
+        with Hostile(broker) as client:
+            fds = client.joined(db)
+            os.kill(broker.pid, signal.SIGSTOP)
+            client.send(varint(CANCEL) + key(client.seat))
+            client.send(varint(LEAVE) + varint(8) + key(client.seat))
+            os.kill(broker.pid, signal.SIGCONT)
+            assert client.s.recv(65536)[0] == ANSWER_LEFT
+            try:
+                answer = client.ask(varint(STATUS) + varint(9))
+            except ConnectionError:
+                answer = b""
+            assert answer, f"the session was ended\n{broker.log()}"
+            for fd in fds:
+                os.close(fd)
 
 
 def test_five_hundred_connections_at_once_disturb_nobody():
