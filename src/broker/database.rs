@@ -118,6 +118,8 @@ pub enum State {
 #[derive(Debug)]
 pub struct Database {
     pub identity: Identity,
+    /// The user whose member was the first.
+    pub founder: u32,
     pub home: Option<Home>,
     pub state: State,
     /// The socket lane.

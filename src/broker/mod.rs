@@ -1,6 +1,6 @@
 //! The broker: one process a host that owns segments, gates, and every decision that needs authority.
 //!
-//! * [`listen`]: the socket. [`session`]: a client process. [`liveness`]: is it alive.
+//! * [`listen`]: the socket. [`admitting`]: who gets in. [`limits`]: what one user may have. [`session`]: a client process. [`liveness`]: is it alive.
 //! * [`join`]: judging descriptors. [`filesystem`]: where they are. [`joining`]: gate or guest mode.
 //! * [`database`]: one database's seats, locks and segment. [`requests`]: messages become lock requests.
 //! * [`checkpoints`]: the checkpointer, a process of its own. [`waits`]: waits that would never end. [`report`]: `status`. [`stop`]: the end. [`server`]: the loop that drives it
@@ -8,13 +8,16 @@
 //!
 //! One thread, no SQL. Everything that a client sent is checked before it is used.
 
+mod admitting;
 pub mod checkpoints;
 pub mod database;
 pub mod filesystem;
 pub mod join;
 pub mod joining;
+pub mod limits;
 pub mod listen;
 pub mod liveness;
+mod opening;
 mod outbox;
 pub mod parking;
 pub mod report;
@@ -24,5 +27,6 @@ pub mod session;
 pub mod stop;
 pub mod waits;
 
+pub use limits::Limits;
 pub use listen::ListenError;
-pub use server::{Options, ServeError, serve};
+pub use server::{Options, ServeError, raise_descriptor_limit, serve};

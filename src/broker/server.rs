@@ -3,8 +3,9 @@
 use super::checkpoints::Checkpointer;
 use super::database::{Database, State};
 use super::joining::Forming;
+use super::limits::{Limits, Users};
 use super::listen::{ListenError, Listener};
-use super::liveness;
+use super::opening::{LOOK_AGAIN, Opening};
 use super::session::{Session, Stage};
 use super::waits::{Cycle, WATCH_TICK};
 use crate::wire::message::{FromBroker, HelloAnswer, PROTOCOL_MAGIC, PROTOCOL_VERSION, ToBroker};
@@ -12,10 +13,9 @@ use crate::wire::socket;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::socket::{SockFlag, accept4};
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -25,12 +25,15 @@ const TICK: Duration = Duration::from_millis(50);
 /// How long a connection may take to say who it is.
 const GREETING_LIMIT: Duration = Duration::from_secs(10);
 
-const LISTENER: u64 = 0;
+/// Connections accepted, or packets of one session read, in a round of the loop: nobody keeps the others out.
+pub(super) const MOST_A_ROUND: usize = 32;
+
+pub(super) const LISTENER: u64 = 0;
 const SIGNALS: u64 = 1;
 pub(super) const CHECKPOINTER_SOCKET: u64 = 2;
 pub(super) const CHECKPOINTER_PIDFD: u64 = 3;
 /// Epoll keys of a session: its socket's is `4 * id`, its pidfd's one more.
-const KEYS: u64 = 4;
+pub(super) const KEYS: u64 = 4;
 
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -41,6 +44,8 @@ pub struct Options {
     pub idle_exit: Option<Duration>,
     /// Take databases on filesystems that are refused otherwise, from anyone.
     pub allow_unsafe: bool,
+    /// What one user may have here.
+    pub limits: Limits,
     /// The program that checkpoints, run with `checkpointer` as its argument. `None`: members do it themselves.
     pub checkpointer: Option<PathBuf>,
     /// Written one byte and closed once the socket listens.
@@ -70,6 +75,8 @@ pub struct Server {
     pub(super) forming: Vec<Forming>,
     /// Lock requests and cancellations that have been read and not yet looked at.
     pub(super) requests: Vec<(u64, ToBroker)>,
+    /// Requests to open a wal-index that another seat's stands in the way of.
+    pub(super) opening: Vec<Opening>,
     pub(super) cycles: Vec<Cycle>,
     pub(super) checkpointer: Checkpointer,
     pub(super) next_session: u64,
@@ -77,14 +84,15 @@ pub struct Server {
     pub(super) started: Instant,
     pub(super) idle_since: Option<Instant>,
     pub(super) stopping: Option<Instant>,
+    pub(super) users: Users,
     last_tick: Instant,
+    last_second: Instant,
     /// The listener is not listened to until the next tick.
-    deaf: bool,
+    pub(super) deaf: bool,
 }
 
 /// Serves until a signal, or until idle for `idle_exit`.
 pub fn serve(options: Options) -> Result<(), ServeError> {
-    raise_descriptor_limit();
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);
     signals.add(Signal::SIGINT);
@@ -109,6 +117,7 @@ pub fn serve(options: Options) -> Result<(), ServeError> {
         databases: BTreeMap::new(),
         forming: Vec::new(),
         requests: Vec::new(),
+        opening: Vec::new(),
         cycles: Vec::new(),
         checkpointer: Checkpointer::default(),
         next_session: 1,
@@ -116,17 +125,19 @@ pub fn serve(options: Options) -> Result<(), ServeError> {
         started: now,
         idle_since: Some(now),
         stopping: None,
+        users: Users::default(),
         last_tick: now,
+        last_second: now,
         deaf: false,
     };
     server.run(&signals)
 }
 
-fn raise_descriptor_limit() {
+/// Raises the limit of descriptors as far as this process may, and says how many those are.
+pub fn raise_descriptor_limit() -> u64 {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
-        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
-    }
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return 1024 };
+    if setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok() { hard } else { soft }
 }
 
 impl Server {
@@ -149,6 +160,7 @@ impl Server {
             }
             let now = Instant::now();
             self.try_forming(now);
+            self.open_waiting();
             self.watch(now);
             self.settle_all();
             if now.duration_since(self.last_tick) >= TICK {
@@ -182,6 +194,9 @@ impl Server {
         if anybody_waits {
             at(now + WATCH_TICK);
         }
+        if !self.opening.is_empty() {
+            at(now + LOOK_AGAIN);
+        }
         if let Some(first) = self.forming.first() {
             at(first.next_try);
         }
@@ -199,45 +214,11 @@ impl Server {
         EpollTimeout::from(u16::try_from(left.as_micros().div_ceil(1000)).unwrap_or(1000))
     }
 
-    fn accept(&mut self) {
-        loop {
-            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-            let fd = match accept4(self.listener.socket.as_raw_fd(), flags) {
-                // SAFETY: accept4 has just made this descriptor; it is ours.
-                Ok(fd) => unsafe { OwnedFd::from_raw_fd(fd) },
-                Err(nix::errno::Errno::EAGAIN) => return,
-                Err(e) => {
-                    // Out of descriptors, say: not asked again before the next tick.
-                    tracing::warn!("cannot accept: {e}");
-                    self.deaf = self.epoll.delete(&self.listener.socket).is_ok();
-                    return;
-                }
-            };
-            if let Err(e) = self.admit(fd) {
-                tracing::warn!("cannot admit a session: {e}");
-            }
-        }
-    }
-
-    fn admit(&mut self, socket: OwnedFd) -> io::Result<()> {
-        let peer = liveness::peer_of(&socket)?;
-        let id = self.next_session;
-        self.next_session += 1;
-        self.epoll.add(&socket, EpollEvent::new(EpollFlags::EPOLLIN, id * KEYS))?;
-        if let Some(pidfd) = &peer.pidfd {
-            self.epoll
-                .add(pidfd, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT, id * KEYS + 1))?;
-        }
-        self.sessions.insert(id, Session::new(id, socket, peer));
-        Ok(())
-    }
-
     fn socket_event(&mut self, id: u64, flags: EpollFlags) {
         if flags.contains(EpollFlags::EPOLLOUT) {
             self.flush(id);
         }
-        // A fixed number of packets a turn of the loop: one client cannot keep the others out.
-        for _ in 0..32 {
+        for _ in 0..MOST_A_ROUND {
             let Some(socket) = self.sessions.get(&id).and_then(|s| s.socket.as_ref()) else { return };
             match socket::receive(socket) {
                 Ok(packet) => {
@@ -304,7 +285,9 @@ impl Server {
 
     /// Ends a session that broke the rules. Its seats stay until it is proven dead or lets go.
     pub(super) fn end_session(&mut self, id: u64, reason: &str) {
-        if let Some(s) = self.sessions.get(&id) {
+        if let Some(s) = self.sessions.get(&id)
+            && self.users.may_say(s.peer.uid)
+        {
             tracing::warn!(session = id, client = s.label(), uid = s.peer.uid, "session ended: {reason}");
         }
         self.silence(id);
@@ -315,6 +298,7 @@ impl Server {
         let Some(session) = self.sessions.get_mut(&id) else { return };
         if let Some(socket) = session.socket.take() {
             let _ = self.epoll.delete(socket.as_fd());
+            self.users.silenced(session, socket);
         }
         session.stage = Stage::Silent;
         if session.seats.is_empty() {
@@ -325,9 +309,9 @@ impl Server {
     }
 
     fn drop_session(&mut self, id: u64) {
-        if let Some(session) = self.sessions.remove(&id)
-            && let Some(pidfd) = &session.peer.pidfd
-        {
+        let Some(session) = self.sessions.remove(&id) else { return };
+        self.users.left(&session);
+        if let Some(pidfd) = &session.peer.pidfd {
             let _ = self.epoll.delete(pidfd);
         }
     }
@@ -346,8 +330,10 @@ impl Server {
     }
 
     fn tick(&mut self, now: Instant) {
-        if std::mem::take(&mut self.deaf) {
-            let _ = self.epoll.add(&self.listener.socket, EpollEvent::new(EpollFlags::EPOLLIN, LISTENER));
+        self.hear_again();
+        if now.duration_since(self.last_second) >= Duration::from_secs(1) {
+            self.last_second = now;
+            self.users.tick();
         }
         let greeting = |s: &&Session| matches!(s.stage, Stage::Greeting | Stage::Introducing);
         let late = |s: &&Session| now.duration_since(s.since) > GREETING_LIMIT;
