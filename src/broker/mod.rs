@@ -3,12 +3,13 @@
 //! * [`listen`]: the socket. [`admitting`]: who gets in. [`limits`]: what one user may have. [`session`]: a client process. [`liveness`]: is it alive.
 //! * [`join`]: judging descriptors. [`filesystem`]: where they are. [`joining`]: gate or guest mode.
 //! * [`database`]: one database's seats, locks and segment. [`requests`]: messages become lock requests.
-//! * [`checkpoints`]: the checkpointer, a process of its own. [`waits`]: waits that would never end. [`report`]: `status`. [`stop`]: the end. [`server`]: the loop that drives it
+//! * [`checkpoints`]: the checkpointer, a process of its own. [`blame`]: whose fault its death is. [`waits`]: waits that would never end. [`report`]: `status`. [`stop`]: the end. [`server`]: the loop that drives it
 //!   all.
 //!
 //! One thread, no SQL. Everything that a client sent is checked before it is used.
 
 mod admitting;
+mod blame;
 pub mod checkpoints;
 pub mod database;
 pub mod filesystem;
