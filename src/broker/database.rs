@@ -8,9 +8,7 @@ use crate::lock::queue::{Lane, Queue};
 use crate::lock::table::Table;
 use crate::lock::turn::Turn;
 use crate::segment::gate::Gate;
-use crate::segment::layout::{
-    CHECKPOINTER, CONTROL_SIZE, CheckpointWords, MAX_REGIONS, REGION_SIZE, WAL_INDEX_SIZE,
-};
+use crate::segment::layout::{CHECKPOINTER, CONTROL_SIZE, CheckpointWords, REGION_SIZE, WAL_INDEX_SIZE};
 use crate::segment::mapping::ControlMap;
 use crate::segment::memfd;
 use crate::segment::wal_index::WalIndex;
@@ -89,11 +87,11 @@ impl Segment {
 
     /// See [`ControlMap::grow`].
     pub fn grow(&self, wanted: u32) -> io::Result<u32> {
-        self.control.grow(&self.wal_index_fd, wanted).map(|regions| regions.min(MAX_REGIONS))
+        self.control.grow(&self.wal_index_fd, wanted)
     }
 
     pub fn regions(&self) -> u32 {
-        self.control.regions().min(MAX_REGIONS)
+        self.control.regions()
     }
 
     pub fn wal_index(&self) -> WalIndex {
