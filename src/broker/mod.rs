@@ -23,6 +23,8 @@ mod outbox;
 pub mod parking;
 pub mod report;
 pub mod requests;
+#[cfg(feature = "fuzzing")]
+pub mod rig;
 pub mod server;
 pub mod session;
 pub mod stop;

@@ -98,38 +98,15 @@ pub fn serve(options: Options) -> Result<(), ServeError> {
     signals.add(Signal::SIGINT);
     signals.thread_block()?;
     let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-    let listener = Listener::bind(&options.socket, options.everyone)?;
-    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-    epoll.add(&listener.socket, EpollEvent::new(EpollFlags::EPOLLIN, LISTENER))?;
-    epoll.add(&signals, EpollEvent::new(EpollFlags::EPOLLIN, SIGNALS))?;
-    tracing::info!(socket = %listener.path().display(), pid = std::process::id(), "listening");
-    if let Some(fd) = options.ready {
+    let ready = options.ready;
+    let mut server = Server::new(options)?;
+    server.epoll.add(&signals, EpollEvent::new(EpollFlags::EPOLLIN, SIGNALS))?;
+    tracing::info!(socket = %server.listener.path().display(), pid = std::process::id(), "listening");
+    if let Some(fd) = ready {
         // SAFETY: the number was given on the command line for exactly this; nothing else in this process has it.
         let ready = unsafe { OwnedFd::from_raw_fd(fd) };
         let _ = nix::unistd::write(&ready, b"+");
     }
-    let now = Instant::now();
-    let mut server = Server {
-        options,
-        listener,
-        epoll,
-        sessions: BTreeMap::new(),
-        databases: BTreeMap::new(),
-        forming: Vec::new(),
-        requests: Vec::new(),
-        opening: Vec::new(),
-        cycles: Vec::new(),
-        checkpointer: Checkpointer::default(),
-        next_session: 1,
-        next_database: 1,
-        started: now,
-        idle_since: Some(now),
-        stopping: None,
-        users: Users::default(),
-        last_tick: now,
-        last_second: now,
-        deaf: false,
-    };
     server.run(&signals)
 }
 
@@ -141,44 +118,88 @@ pub fn raise_descriptor_limit() -> u64 {
 }
 
 impl Server {
+    pub(super) fn new(options: Options) -> Result<Server, ServeError> {
+        let listener = Listener::bind(&options.socket, options.everyone)?;
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        epoll.add(&listener.socket, EpollEvent::new(EpollFlags::EPOLLIN, LISTENER))?;
+        let now = Instant::now();
+        Ok(Server {
+            options,
+            listener,
+            epoll,
+            sessions: BTreeMap::new(),
+            databases: BTreeMap::new(),
+            forming: Vec::new(),
+            requests: Vec::new(),
+            opening: Vec::new(),
+            cycles: Vec::new(),
+            checkpointer: Checkpointer::default(),
+            next_session: 1,
+            next_database: 1,
+            started: now,
+            idle_since: Some(now),
+            stopping: None,
+            users: Users::default(),
+            last_tick: now,
+            last_second: now,
+            deaf: false,
+        })
+    }
+
     fn run(&mut self, signals: &SignalFd) -> Result<(), ServeError> {
         let mut events = vec![EpollEvent::empty(); 128];
         loop {
             let timeout = self.timeout(Instant::now());
-            let n = match self.epoll.wait(&mut events, timeout) {
-                Ok(n) => n,
-                Err(nix::errno::Errno::EINTR) => 0,
-                Err(e) => return Err(e.into()),
-            };
-            self.dispatch(&events[..n], signals);
-            if !self.requests.is_empty() {
-                // A lock that was given back before one of these requests was sent is in some socket by now: seen
-                // first, or a program that was told of a commit would meet a BUSY out of the past.
-                let n = self.epoll.wait(&mut events, EpollTimeout::ZERO).unwrap_or(0);
-                self.dispatch(&events[..n], signals);
-                self.answer_requests();
-            }
+            self.hear(&mut events, timeout, Some(signals))?;
             let now = Instant::now();
-            self.try_forming(now);
-            self.open_waiting();
-            self.watch(now);
-            self.settle_all();
-            if now.duration_since(self.last_tick) >= TICK {
-                self.last_tick = now;
-                self.tick(now);
-                self.settle_all();
-            }
+            self.look_after(now);
             if self.may_exit(now) {
                 return Ok(());
             }
         }
     }
 
-    fn dispatch(&mut self, events: &[EpollEvent], signals: &SignalFd) {
+    /// What has happened outside.
+    pub(super) fn hear(
+        &mut self,
+        events: &mut [EpollEvent],
+        timeout: EpollTimeout,
+        signals: Option<&SignalFd>,
+    ) -> io::Result<()> {
+        let n = match self.epoll.wait(events, timeout) {
+            Ok(n) => n,
+            Err(nix::errno::Errno::EINTR) => 0,
+            Err(e) => return Err(e.into()),
+        };
+        self.dispatch(&events[..n], signals);
+        if !self.requests.is_empty() {
+            // A lock that was given back before one of these requests was sent is in some socket by now: seen first,
+            // or a program that was told of a commit would meet a BUSY out of the past.
+            let n = self.epoll.wait(events, EpollTimeout::ZERO).unwrap_or(0);
+            self.dispatch(&events[..n], signals);
+            self.answer_requests();
+        }
+        Ok(())
+    }
+
+    /// What is due.
+    pub(super) fn look_after(&mut self, now: Instant) {
+        self.try_forming(now);
+        self.open_waiting();
+        self.watch(now);
+        self.settle_all();
+        if now.duration_since(self.last_tick) >= TICK {
+            self.last_tick = now;
+            self.tick(now);
+            self.settle_all();
+        }
+    }
+
+    fn dispatch(&mut self, events: &[EpollEvent], signals: Option<&SignalFd>) {
         for event in events {
             match event.data() {
                 LISTENER => self.accept(),
-                SIGNALS => self.signalled(signals),
+                SIGNALS => signals.into_iter().for_each(|s| self.signalled(s)),
                 CHECKPOINTER_SOCKET => self.checkpointer_event(event.events()),
                 CHECKPOINTER_PIDFD => self.checkpointer_died(),
                 key if key % KEYS == 0 => self.socket_event(key / KEYS, event.events()),
