@@ -48,6 +48,11 @@ impl Rig {
         self.server.databases.keys().copied().collect()
     }
 
+    /// There is a checkpointer.
+    pub fn is_checkpointing(&self) -> bool {
+        self.server.checkpointer.pid().is_some()
+    }
+
     pub fn sessions(&self) -> usize {
         self.server.sessions.len()
     }
