@@ -17,7 +17,7 @@ import traceback
 from harness import (Broker, Skip, acknowledged, bin, check_rows, connect, create, fails_without, run, run_workers,
                      timeout, wait_until)
 from test_gate import JOINED, REFUSED, join_by_hand
-from test_hostile import Hostile, key, varint, victim, with_seat
+from test_hostile import ANSWER_WAL_INDEX, OPEN_WAL_INDEX, Hostile, key, varint, victim, with_seat
 
 STRANGER = 54321
 WAL_FILE, WAL_GREW = 18, 19
@@ -268,6 +268,31 @@ def test_a_member_that_scribbles_over_everything_harms_its_own_database_alone():
         # What is left of the other one must not be touched by this process's SQLite any more.
         sys.stdout.flush()
         assert broker.alive()
+
+
+@fails_without("opening-waited-for", message="waited for")
+def test_a_seat_that_never_ends_opening_its_index_keeps_only_its_own_database():
+    """The broker opens it for those on the socket lane, and looks at a word that any member can write."""
+    with Broker() as broker:
+        evil, good = create(broker.path("evil.db")), create(broker.path("good.db"))
+        with Hostile(broker) as hostile, Hostile(broker) as victim_, Hostile(broker) as other:
+            fds = hostile.joined(evil)
+            opening = 64 + 256 + 16  # FileWords::opening
+            os.pwrite(fds[0], (7).to_bytes(4, "little"), opening)
+            for fd in victim_.joined(evil):
+                os.close(fd)
+            victim_.send(varint(OPEN_WAL_INDEX) + varint(9) + key(victim_.seat))
+            other.joined(good)
+            victim_.s.setblocking(False)
+            try:
+                answer = victim_.s.recv(65536)
+            except BlockingIOError:
+                answer = None
+            assert answer is None, f"it was waited for: {answer}"
+            os.pwrite(fds[0], bytes(4), opening)
+            victim_.s.settimeout(10)
+            answer = victim_.s.recv(65536)
+            assert answer[0] == ANSWER_WAL_INDEX and answer[-1] == 1, answer
 
 
 @fails_without("any-index-read")
