@@ -255,8 +255,8 @@ def test_a_member_that_scribbles_over_everything_harms_its_own_database_alone():
         evil, good = create(broker.path("evil.db")), create(broker.path("good.db"))
         keep = connect(evil, broker=broker, mode="gated")  # so that there is a WAL
         keep.execute("INSERT INTO rows VALUES('m', 1)")
-        with as_user(None, scribble(evil, broker, 4), wait=False):
-            results = run_workers(2, "insert", 2.5, good, broker)
+        with as_user(None, scribble(evil, broker, 2.5), wait=False):
+            results = run_workers(2, "insert", 1.5, good, broker)
             assert not sum(r["busy"] for r in results), results
             assert all(r["committed"] > 10 for r in results), results
             for _ in range(10):  # the broker answers, and lets others in
