@@ -56,7 +56,7 @@ def test_a_user_that_holds_ten_thousand_sockets_keeps_nobody_out():
                 assert "as many as one user may" in said, said
             wait_until(lambda: not user(broker, STRANGER), what="the crowd to be gone")
             goes_on()
-        assert broker.log().count("session refused") <= 101, "its lines fill the log"
+        assert broker.log().count("session refused") < CROWD / 10, "its lines fill the log"  # a hundred a second
 
 
 def refusal(broker):
