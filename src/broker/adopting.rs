@@ -202,6 +202,7 @@ impl Server {
                     let (Some(pidfd), Some(liveness)) = (fds.next(), fds.next()) else { continue };
                     self.next_session = self.next_session.max(kept.session + 1);
                     let session = Session::adopted(kept, pidfd, liveness);
+                    self.users.arrived(session.peer.uid);
                     self.sessions.insert(session.id, session);
                 }
                 Kept::Database(kept) => {
@@ -261,7 +262,10 @@ impl Server {
                 return;
             }
         };
-        let mut db = Database::new(identity, state);
+        // Who was the first has not been kept: one of those who are in.
+        let founder =
+            piece.seats.iter().find_map(|s| self.sessions.get(&s.session)).map_or(0, |s| s.peer.uid);
+        let mut db = Database::new(identity, founder, state);
         db.home = piece.home;
         for kept in piece.seats {
             let key = SeatKey { database: number, seat: kept.seat };

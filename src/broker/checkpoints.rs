@@ -4,6 +4,7 @@
 //! members have sent, says which WAL has grown, and sees to it that there is a checkpointer. It says in the segment
 //! whether its checkpointer is on duty; where it is not, members checkpoint as SQLite does.
 
+use super::blame::Deaths;
 use super::database::{Database, State};
 use super::filesystem::mount_of;
 use super::outbox::Outbox;
@@ -18,20 +19,20 @@ use crate::wire::socket;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
-
-/// A checkpointer that ends so many times within [`DEATHS_WITHIN`] is not started again.
-const DEATHS: usize = 4;
-const DEATHS_WITHIN: Duration = Duration::from_secs(60);
+use std::time::Instant;
 
 /// The process, if there is one.
 #[derive(Debug, Default)]
 pub struct Checkpointer {
     running: Option<Running>,
-    deaths: Vec<Instant>,
+    /// While it was at work nowhere.
+    pub(super) deaths: Deaths,
+    /// While it was at work at one database, by the user that opened that first.
+    pub(super) deaths_by_user: BTreeMap<u32, Deaths>,
     /// It could not be started, or ended too often.
     given_up: Option<String>,
 }
@@ -53,6 +54,8 @@ pub struct Checkpoints {
     introduced: bool,
     /// The checkpointer has been asked, and has not answered.
     since: Option<Instant>,
+    /// While it was at work here.
+    pub(super) deaths: Deaths,
     /// Asked in vain: not again before the next tick.
     paused: bool,
     /// The last broker's checkpointer may still be at work on it.
@@ -72,6 +75,10 @@ impl Checkpoints {
 
     pub fn has_wal(&self) -> bool {
         self.wal.is_some()
+    }
+
+    pub(super) fn since(&self) -> Option<Instant> {
+        self.since
     }
 
     pub fn is_paused(&self) -> bool {
@@ -114,7 +121,7 @@ impl Database {
     }
 
     /// From now on members checkpoint.
-    fn leave_to_members(&mut self, reason: &str) {
+    pub(super) fn leave_to_members(&mut self, reason: &str) {
         if self.checkpoints.unable.is_none() {
             tracing::warn!(database = ?self.identity, "checkpoints are left to its members: {reason}");
             self.checkpoints.unable = Some(reason.to_owned());
@@ -129,7 +136,8 @@ impl Database {
 impl Server {
     /// A database has been founded: its members need not checkpoint.
     pub(super) fn offer_checkpoints(&mut self, number: u32) {
-        let given_up = self.checkpointer.given_up.clone();
+        let founder = self.databases.get(&number).map_or(0, |d| d.founder);
+        let given_up = self.checkpointer.given_up.clone().or_else(|| self.given_up_on(founder));
         let Some(db) = self.databases.get_mut(&number) else { return };
         match given_up {
             _ if self.options.checkpointer.is_none() => {}
@@ -197,6 +205,9 @@ impl Server {
             state.paused = true; // somebody will send it, or it will end
             return;
         }
+        if !self.may_checkpoint(number, Instant::now()) {
+            return self.pause_checkpoints(number);
+        }
         self.order(number, &ToCheckpointer::Checkpoint { database: number });
     }
 
@@ -221,6 +232,12 @@ impl Server {
         let sent = self.checkpointer.send(message, &[]);
         self.told(sent);
         true
+    }
+
+    fn pause_checkpoints(&mut self, number: u32) {
+        if let Some(db) = self.databases.get_mut(&number) {
+            db.checkpoints.paused = true;
+        }
     }
 
     /// The database's last member has left.
@@ -332,6 +349,7 @@ impl Server {
         let status = running.child.wait().map_or_else(|e| e.to_string(), |s| s.to_string());
         let _ = self.epoll.delete(&running.socket);
         let _ = self.epoll.delete(&running.pidfd);
+        self.blame(&status);
         let known: Vec<u32> =
             self.databases.iter().filter(|(_, d)| d.checkpoints.introduced).map(|(n, _)| *n).collect();
         for number in &known {
@@ -346,12 +364,8 @@ impl Server {
             }
             db.answer_writers();
         }
-        let now = Instant::now();
-        self.checkpointer.deaths.retain(|at| now.duration_since(*at) < DEATHS_WITHIN);
-        self.checkpointer.deaths.push(now);
-        if self.checkpointer.deaths.len() >= DEATHS {
-            return self
-                .give_up(&format!("the checkpointer ended {DEATHS} times within a minute ({status})"));
+        if self.checkpointer.given_up.is_some() {
+            return self.drop_all_unused();
         }
         if self.stopping.is_none() {
             tracing::warn!("the checkpointer ended ({status}): another one is started");
@@ -360,17 +374,25 @@ impl Server {
             self.settled(number, false);
             if self.databases.get(&number).is_some_and(|d| d.seats.is_empty()) {
                 self.drop_if_unused(number);
-            } else if self.stopping.is_none() {
+            } else if self.stopping.is_none() && !self.is_unable(number) {
                 self.introduce(number);
             }
         }
     }
 
+    fn is_unable(&self, number: u32) -> bool {
+        self.databases.get(&number).is_none_or(|d| d.checkpoints.unable.is_some())
+    }
+
     /// No checkpointer: for every database members do it, now and later.
-    fn give_up(&mut self, reason: &str) {
+    pub(super) fn give_up(&mut self, reason: &str) {
         tracing::error!("{reason}");
         self.checkpointer.given_up = Some(reason.to_owned());
         self.databases.values_mut().filter(|d| !d.is_guest()).for_each(|d| d.leave_to_members(reason));
+        self.drop_all_unused();
+    }
+
+    fn drop_all_unused(&mut self) {
         let empty: Vec<u32> =
             self.databases.iter().filter(|(_, d)| d.seats.is_empty()).map(|(n, _)| *n).collect();
         empty.into_iter().for_each(|n| self.drop_if_unused(n));

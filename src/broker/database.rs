@@ -9,9 +9,7 @@ use crate::lock::queue::{Lane, Queue};
 use crate::lock::table::Table;
 use crate::lock::turn::Turn;
 use crate::segment::gate::Gate;
-use crate::segment::layout::{
-    CHECKPOINTER, CONTROL_SIZE, CheckpointWords, MAX_REGIONS, REGION_SIZE, WAL_INDEX_SIZE,
-};
+use crate::segment::layout::{CHECKPOINTER, CONTROL_SIZE, CheckpointWords, REGION_SIZE, WAL_INDEX_SIZE};
 use crate::segment::mapping::ControlMap;
 use crate::segment::memfd;
 use crate::segment::supervision::{self, Held, Office};
@@ -121,11 +119,11 @@ impl Segment {
 
     /// See [`ControlMap::grow`].
     pub fn grow(&self, wanted: u32) -> io::Result<u32> {
-        self.control.grow(&self.wal_index_fd, wanted).map(|regions| regions.min(MAX_REGIONS))
+        self.control.grow(&self.wal_index_fd, wanted)
     }
 
     pub fn regions(&self) -> u32 {
-        self.control.regions().min(MAX_REGIONS)
+        self.control.regions()
     }
 
     pub fn wal_index(&self) -> WalIndex {
@@ -150,6 +148,8 @@ pub enum State {
 #[derive(Debug)]
 pub struct Database {
     pub identity: Identity,
+    /// The user whose member was the first.
+    pub founder: u32,
     pub home: Option<Home>,
     pub state: State,
     /// The socket lane.
@@ -176,9 +176,10 @@ fn table(state: &State) -> Table<'_> {
 }
 
 impl Database {
-    pub fn new(identity: Identity, state: State) -> Database {
+    pub fn new(identity: Identity, founder: u32, state: State) -> Database {
         Database {
             identity,
+            founder,
             home: None,
             state,
             queue: Queue::default(),

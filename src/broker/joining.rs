@@ -2,6 +2,7 @@
 
 use super::database::{Database, Seat, Segment, State};
 use super::join::{self, Candidate, Refused};
+use super::limits::{MOST_JOINS, too_many};
 use super::server::Server;
 use crate::planted::planted;
 use crate::segment::gate::{self, Conflict, GateError};
@@ -45,7 +46,9 @@ impl Server {
     }
 
     fn refuse(&mut self, session: u64, id: u64, why: Refusal, reason: String) {
-        if let Some(s) = self.sessions.get(&session) {
+        if let Some(s) = self.sessions.get(&session)
+            && self.users.may_say(s.peer.uid)
+        {
             tracing::info!(session, client = s.label(), ?why, "join refused: {reason}");
         }
         self.send(session, &FromBroker::Refused { id, why, reason });
@@ -56,6 +59,7 @@ impl Server {
             return Err((Refusal::Stopping, "the broker is stopping".into()));
         }
         let Some(s) = self.sessions.get(&session) else { return Ok(()) };
+        let uid = s.peer.uid;
         // An unsafe place harms its own users; but only the broker's own user may ask for it, because touching
         // a hostile file can hang the broker.
         let own_user = s.peer.uid == nix::unistd::geteuid().as_raw() || s.peer.uid == 0;
@@ -68,6 +72,10 @@ impl Server {
                 "filesystem checks overridden by the client"
             );
         }
+        let waiting = self.forming.iter().flat_map(|f| &f.joins).filter(|p| p.session == session).count();
+        if waiting >= MOST_JOINS {
+            return Err((Refusal::Exhausted, format!("{waiting} joins of this process wait already")));
+        }
         let pending = Pending { session, id, join, candidate };
         let identity = pending.candidate.identity;
         if let Some(number) = self.number_of(identity) {
@@ -78,6 +86,13 @@ impl Server {
         {
             f.joins.push(pending);
             return Ok(());
+        }
+        let limit = self.options.limits.databases;
+        let mine = |p: &Pending| self.sessions.get(&p.session).is_some_and(|s| s.peer.uid == uid);
+        let forming = self.forming.iter().filter(|f| f.joins.first().is_some_and(mine)).count();
+        let founded = self.databases.values().filter(|d| d.founder == uid).count();
+        if founded + forming >= limit && !planted("users-without-limit") {
+            return Err(too_many(uid, "databases", limit, "databases"));
         }
         let now = Instant::now();
         self.forming.push(Forming { joins: vec![pending], since: now, next_try: now });
@@ -135,7 +150,7 @@ impl Server {
                 }
             }
             Ok(state) => {
-                let number = self.found(&forming.joins[0].candidate, state);
+                let number = self.found(&forming.joins[0], state);
                 for p in forming.joins {
                     let (session, id) = (p.session, p.id);
                     if let Err((why, reason)) = self.take_seat(number, p) {
@@ -147,7 +162,9 @@ impl Server {
         }
     }
 
-    fn found(&mut self, candidate: &Candidate, state: State) -> u32 {
+    fn found(&mut self, first: &Pending, state: State) -> u32 {
+        let candidate = &first.candidate;
+        let founder = self.sessions.get(&first.session).map_or(0, |s| s.peer.uid);
         while self.databases.contains_key(&self.next_database) {
             self.next_database = self.next_database.wrapping_add(1);
         }
@@ -158,7 +175,7 @@ impl Server {
             State::Guest { reason, .. } => format!("guest: {reason}"),
         };
         tracing::info!(database = number, name = candidate.home.display(), identity = ?candidate.identity, mode, "opened");
-        let db = Database::new(candidate.identity, state);
+        let db = Database::new(candidate.identity, founder, state);
         self.start_keeper();
         self.keeping.database(number, &db);
         self.databases.insert(number, db);
@@ -205,7 +222,6 @@ impl Server {
             let reason = format!("all {} seats are taken", crate::segment::layout::CHECKPOINTER - 1);
             return Err((Refusal::Exhausted, reason));
         };
-        let Some(session) = self.sessions.get_mut(&p.session) else { return Ok(()) };
         let key = SeatKey { database: number, seat };
         let has_segment = db.has_session(p.session, role);
         let mut fds: Vec<&OwnedFd> = Vec::new();
@@ -225,6 +241,11 @@ impl Server {
             }
             State::Guest { .. } => (Mode::Guest, 0),
         };
+        let Some(uid) = self.sessions.get(&p.session).map(|s| s.peer.uid) else { return Ok(()) };
+        if !fds.is_empty() && !planted("users-without-limit") {
+            self.users.send(&self.sessions, (uid, p.session), fds.len(), self.options.limits.descriptors)?;
+        }
+        let Some(session) = self.sessions.get_mut(&p.session) else { return Ok(()) };
         let count = db.table().count(seat);
         let joined = Joined { seat: key, mode, role, nonce, segment: !fds.is_empty(), count };
         let taken = Seat {

@@ -1,33 +1,43 @@
 //! The broker: one process a host that owns segments, gates, and every decision that needs authority.
 //!
-//! * [`listen`]: the socket. [`session`]: a client process. [`liveness`]: is it alive.
+//! * [`listen`]: the socket. [`admitting`]: who gets in. [`limits`]: what one user may have. [`session`]: a client process.
+//!   [`liveness`]: is it alive.
 //! * [`join`]: judging descriptors. [`filesystem`]: where they are. [`joining`]: gate or guest mode.
 //! * [`database`]: one database's seats, locks and segment. [`requests`]: messages become lock requests.
-//! * [`checkpoints`]: the checkpointer, a process of its own. [`waits`]: waits that would never end. [`report`]: `status`.
-//! * [`keeping`]: what the next broker will need. [`adopting`]: what the last one left. [`returning`]: clients that had
-//!   a session before. [`stop`]: the end. [`server`]: the loop that drives it all.
+//! * [`checkpoints`]: the checkpointer, a process of its own. [`blame`]: whose fault its death is. [`waits`]: waits that
+//!   would never end. [`report`]: `status`.
+//! * [`linger`]: databases that nobody has open for a moment. [`keeping`]: what the next broker will need. [`adopting`]:
+//!   what the last one left. [`returning`]: clients that had a session before.
+//! * [`stop`]: the end. [`server`]: the loop that drives it all.
 //!
 //! One thread, no SQL. Everything that a client sent is checked before it is used.
 
+mod admitting;
 pub mod adopting;
+mod blame;
 pub mod checkpoints;
 pub mod database;
 pub mod filesystem;
 pub mod join;
 pub mod joining;
 pub mod keeping;
+pub mod limits;
 pub mod linger;
 pub mod listen;
 pub mod liveness;
+mod opening;
 mod outbox;
 pub mod parking;
 pub mod report;
 pub mod requests;
 mod returning;
+#[cfg(feature = "fuzzing")]
+pub mod rig;
 pub mod server;
 pub mod session;
 pub mod stop;
 pub mod waits;
 
+pub use limits::Limits;
 pub use listen::ListenError;
-pub use server::{Options, ServeError, serve};
+pub use server::{Options, ServeError, raise_descriptor_limit, serve};

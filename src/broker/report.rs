@@ -1,6 +1,7 @@
 //! The status report: databases, modes, members, who has the turn and for how long, the line.
 
 use super::database::{Database, State};
+use super::limits::Limits;
 use super::server::Server;
 use crate::lock::seat::WaitsFor;
 use crate::segment::atomic::SeqCst;
@@ -24,10 +25,23 @@ struct BrokerReport {
     socket: String,
     uptime_seconds: u64,
     sessions: usize,
+    /// What one user may have.
+    limits: Limits,
+    /// Who has what of it: the asker, or, for the broker's user and root, everybody.
+    users: Vec<UserReport>,
     /// The process that checkpoints, once there is something to checkpoint.
     checkpointer: Option<u32>,
     /// The process that keeps what the next broker would need, once there is something to keep.
     keeper: Option<i32>,
+}
+
+#[derive(Serialize)]
+struct UserReport {
+    uid: u32,
+    sessions: usize,
+    /// That it was the first to open.
+    databases: usize,
+    descriptors: usize,
 }
 
 #[derive(Serialize)]
@@ -112,6 +126,8 @@ impl Server {
                 socket: self.options.socket.display().to_string(),
                 uptime_seconds: self.started.elapsed().as_secs(),
                 sessions: self.sessions.len(),
+                limits: self.options.limits,
+                users: self.users.uids().filter(|u| all || *u == uid).map(|u| self.user(u)).collect(),
                 checkpointer: self.checkpointer.pid(),
                 keeper: self.keeping.pid(),
             },
@@ -122,6 +138,15 @@ impl Server {
         while let Some(part) = parts.next() {
             let last = parts.peek().is_none();
             self.send(session, &FromBroker::Status { id: request, part: part.to_vec(), last });
+        }
+    }
+
+    fn user(&self, uid: u32) -> UserReport {
+        UserReport {
+            uid,
+            sessions: self.users.sessions(uid),
+            databases: self.databases.values().filter(|d| d.founder == uid).count(),
+            descriptors: self.users.under_way(uid),
         }
     }
 

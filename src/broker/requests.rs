@@ -9,7 +9,6 @@ use crate::lock::{Ask, FileLevel, Request, Verdict};
 use crate::planted::planted;
 use crate::wire::message::{FromBroker, Hello, PROTOCOL_MAGIC, PROTOCOL_VERSION, Role, SeatKey, ToBroker};
 use crate::wire::socket::Packet;
-use std::cell::Cell;
 use std::time::Instant;
 
 impl Server {
@@ -154,8 +153,7 @@ impl Server {
             }
             ToBroker::OpenWalIndex { id: request, seat } => {
                 self.own(id, seat)?;
-                self.open_wal_index(id, request, seat);
-                Ok(())
+                self.open_wal_index(id, request, seat)
             }
             ToBroker::GrowWalIndex { id: request, seat, regions } => {
                 self.own(id, seat)?;
@@ -182,7 +180,11 @@ impl Server {
                 Ok(())
             }
             ToBroker::Log { text } => {
-                let client = self.sessions.get(&id).map(|s| s.label()).unwrap_or_default();
+                let Some(session) = self.sessions.get(&id) else { return Ok(()) };
+                if !self.users.may_say(session.peer.uid) {
+                    return Ok(());
+                }
+                let client = session.label();
                 let text: String = text.chars().filter(|c| !c.is_control()).take(1000).collect();
                 tracing::warn!(client, "{text}");
                 Ok(())
@@ -203,7 +205,7 @@ impl Server {
     }
 
     /// The seat exists and is this session's.
-    fn own(&mut self, session: u64, key: SeatKey) -> Result<(), String> {
+    pub(super) fn own(&mut self, session: u64, key: SeatKey) -> Result<(), String> {
         let seat = self.databases.get_mut(&key.database).and_then(|d| d.seats.get_mut(&key.seat));
         match seat {
             Some(seat) if seat.session == session => {
@@ -307,39 +309,6 @@ impl Server {
         for (session, request, verdict) in answers {
             self.answer(session, request, verdict, false, None);
         }
-    }
-
-    fn open_wal_index(&mut self, session: u64, request: u64, key: SeatKey) {
-        let mut answer = FromBroker::WalIndex { id: request, regions: 0, ok: false };
-        if let Some(db) = self.databases.get_mut(&key.database)
-            && let State::Gated { segment, .. } = &db.state
-        {
-            let regions = segment.regions();
-            let index = segment.wal_index();
-            // One that lingers is as its last close left it.
-            let (whole, alone) = (db.is_complete(), Cell::new(false));
-            let found_alone = || {
-                alone.set(true);
-                if !whole && !crate::planted::planted("stale-wal-index") {
-                    index.invalidate()
-                }
-            };
-            // Whoever is opening it at this moment needs no more than that.
-            let mut opened = (0..1000).any(|_| {
-                let opened = db.lane().with(key.seat, |seat| seat.open_wal_index(found_alone));
-                if !opened {
-                    std::thread::yield_now();
-                }
-                opened
-            });
-            if alone.get() && whole && db.is_changed() {
-                // Somebody has written to the file: its WAL is not its any more, and nothing can be done about it here.
-                db.lane().with(key.seat, |seat| seat.close_wal_index());
-                opened = false;
-            }
-            answer = FromBroker::WalIndex { id: request, regions, ok: opened };
-        }
-        self.send(session, &answer);
     }
 
     fn grow_wal_index(&mut self, session: u64, request: u64, key: SeatKey, wanted: u32) {

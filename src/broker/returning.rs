@@ -182,7 +182,8 @@ impl Server {
             session = id,
             "handed back by a member"
         );
-        let mut db = Database::new(identity, State::Gated { gate, segment: Box::new(segment) });
+        let founder = self.sessions.get(&id).map_or(0, |s| s.peer.uid);
+        let mut db = Database::new(identity, founder, State::Gated { gate, segment: Box::new(segment) });
         db.home = Some(home);
         self.take_charge(number, db);
         self.start_keeper();

@@ -5,9 +5,10 @@ use super::checkpoints::Checkpointer;
 use super::database::{Database, State};
 use super::joining::Forming;
 use super::keeping::Keeping;
+use super::limits::{Limits, Users};
 use super::linger::{self, Lingering};
 use super::listen::{ListenError, Listener, Lock};
-use super::liveness;
+use super::opening::{LOOK_AGAIN, Opening};
 use super::session::{Session, Stage};
 use super::waits::{Cycle, WATCH_TICK};
 use crate::wire::message::{FromBroker, HelloAnswer, PROTOCOL_MAGIC, PROTOCOL_VERSION, ToBroker};
@@ -15,10 +16,9 @@ use crate::wire::socket;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::socket::{SockFlag, accept4};
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -28,13 +28,16 @@ const TICK: Duration = Duration::from_millis(50);
 /// How long a connection may take to say who it is.
 const GREETING_LIMIT: Duration = Duration::from_secs(10);
 
-const LISTENER: u64 = 0;
+/// Connections accepted, or packets of one session read, in a round of the loop: nobody keeps the others out.
+pub(super) const MOST_A_ROUND: usize = 32;
+
+pub(super) const LISTENER: u64 = 0;
 const SIGNALS: u64 = 1;
 pub(super) const CHECKPOINTER_SOCKET: u64 = 2;
 pub(super) const CHECKPOINTER_PIDFD: u64 = 3;
 pub(super) const KEEPER_SOCKET: u64 = 4;
 /// Epoll keys of a session: its socket's is `8 * id`, its pidfd's one more.
-const KEYS: u64 = 8;
+pub(super) const KEYS: u64 = 8;
 
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -45,6 +48,8 @@ pub struct Options {
     pub idle_exit: Option<Duration>,
     /// Take databases on filesystems that are refused otherwise, from anyone.
     pub allow_unsafe: bool,
+    /// What one user may have here.
+    pub limits: Limits,
     /// The program that checkpoints, run with `checkpointer` as its argument. `None`: members do it themselves.
     pub checkpointer: Option<PathBuf>,
     /// How long a database stays after its last close, once it was opened again so soon; zero: it does not.
@@ -82,6 +87,8 @@ pub struct Server {
     pub(super) forming: Vec<Forming>,
     /// Lock requests and cancellations that have been read and not yet looked at.
     pub(super) requests: Vec<(u64, ToBroker)>,
+    /// Requests to open a wal-index that another seat's stands in the way of.
+    pub(super) opening: Vec<Opening>,
     pub(super) cycles: Vec<Cycle>,
     pub(super) checkpointer: Checkpointer,
     pub(super) lingering: Lingering,
@@ -93,14 +100,15 @@ pub struct Server {
     pub(super) stopping: Option<Instant>,
     /// Everything is left to the keeper.
     pub(super) handing_over: bool,
+    pub(super) users: Users,
     last_tick: Instant,
+    last_second: Instant,
     /// The listener is not listened to until the next tick.
-    deaf: bool,
+    pub(super) deaf: bool,
 }
 
 /// Serves until a signal, or until idle for `idle_exit`.
 pub fn serve(options: Options) -> Result<(), ServeError> {
-    raise_descriptor_limit();
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);
     signals.add(Signal::SIGINT);
@@ -109,96 +117,122 @@ pub fn serve(options: Options) -> Result<(), ServeError> {
     // SAFETY: ignoring a signal runs no code of ours. See `gate::is_open_elsewhere`.
     unsafe { signal(Signal::SIGIO, SigHandler::SigIgn) }?;
     let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-    let patience =
-        if options.replace { adopting::replace(&options.socket)? } else { Duration::from_millis(50) };
-    let lock = Lock::take(&options.socket, options.everyone, patience)?;
-    let left = adopting::take_back(&options.socket)?;
-    let listener = Listener::bind(lock, options.everyone)?;
-    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-    epoll.add(&listener.socket, EpollEvent::new(EpollFlags::EPOLLIN, LISTENER))?;
-    epoll.add(&signals, EpollEvent::new(EpollFlags::EPOLLIN, SIGNALS))?;
-    tracing::info!(socket = %listener.path().display(), pid = std::process::id(), "listening");
-    if let Some(fd) = options.ready {
+    let ready = options.ready;
+    let mut server = Server::new(options)?;
+    server.epoll.add(&signals, EpollEvent::new(EpollFlags::EPOLLIN, SIGNALS))?;
+    tracing::info!(socket = %server.listener.path().display(), pid = std::process::id(), "listening");
+    if let Some(fd) = ready {
         // SAFETY: the number was given on the command line for exactly this; nothing else in this process has it.
         let ready = unsafe { OwnedFd::from_raw_fd(fd) };
         let _ = nix::unistd::write(&ready, b"+");
     }
-    let now = Instant::now();
-    let lingering = Lingering::new(options.linger, &epoll);
-    let mut server = Server {
-        options,
-        listener,
-        epoll,
-        sessions: BTreeMap::new(),
-        databases: BTreeMap::new(),
-        forming: Vec::new(),
-        requests: Vec::new(),
-        cycles: Vec::new(),
-        checkpointer: Checkpointer::default(),
-        lingering,
-        keeping: Keeping::default(),
-        next_session: 1,
-        next_database: adopting::first_number()?,
-        started: now,
-        idle_since: Some(now),
-        stopping: None,
-        handing_over: false,
-        last_tick: now,
-        deaf: false,
-    };
-    if let Some(left) = left {
-        server.adopt(left);
-    }
     server.run(&signals)
 }
 
-fn raise_descriptor_limit() {
+/// Raises the limit of descriptors as far as this process may, and says how many those are.
+pub fn raise_descriptor_limit() -> u64 {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
-        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
-    }
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return 1024 };
+    if setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok() { hard } else { soft }
 }
 
 impl Server {
+    pub(super) fn new(options: Options) -> Result<Server, ServeError> {
+        let patience =
+            if options.replace { adopting::replace(&options.socket)? } else { Duration::from_millis(50) };
+        let lock = Lock::take(&options.socket, options.everyone, patience)?;
+        let left = adopting::take_back(&options.socket)?;
+        let listener = Listener::bind(lock, options.everyone)?;
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        epoll.add(&listener.socket, EpollEvent::new(EpollFlags::EPOLLIN, LISTENER))?;
+        let now = Instant::now();
+        let lingering = Lingering::new(options.linger, &epoll);
+        let mut server = Server {
+            options,
+            listener,
+            epoll,
+            sessions: BTreeMap::new(),
+            databases: BTreeMap::new(),
+            forming: Vec::new(),
+            requests: Vec::new(),
+            opening: Vec::new(),
+            cycles: Vec::new(),
+            checkpointer: Checkpointer::default(),
+            lingering,
+            keeping: Keeping::default(),
+            next_session: 1,
+            next_database: adopting::first_number()?,
+            started: now,
+            idle_since: Some(now),
+            stopping: None,
+            handing_over: false,
+            users: Users::default(),
+            last_tick: now,
+            last_second: now,
+            deaf: false,
+        };
+        if let Some(left) = left {
+            server.adopt(left);
+        }
+        Ok(server)
+    }
+
     fn run(&mut self, signals: &SignalFd) -> Result<(), ServeError> {
         let mut events = vec![EpollEvent::empty(); 128];
         loop {
             let timeout = self.timeout(Instant::now());
-            let n = match self.epoll.wait(&mut events, timeout) {
-                Ok(n) => n,
-                Err(nix::errno::Errno::EINTR) => 0,
-                Err(e) => return Err(e.into()),
-            };
-            self.dispatch(&events[..n], signals);
-            if !self.requests.is_empty() {
-                // A lock that was given back before one of these requests was sent is in some socket by now: seen
-                // first, or a program that was told of a commit would meet a BUSY out of the past.
-                let n = self.epoll.wait(&mut events, EpollTimeout::ZERO).unwrap_or(0);
-                self.dispatch(&events[..n], signals);
-                self.answer_requests();
-            }
+            self.hear(&mut events, timeout, Some(signals))?;
             let now = Instant::now();
-            self.try_forming(now);
-            self.watch(now);
-            self.end_lingers(now);
-            self.settle_all();
-            if now.duration_since(self.last_tick) >= TICK {
-                self.last_tick = now;
-                self.tick(now);
-                self.settle_all();
-            }
-            self.keeping.watch(&self.epoll);
+            self.look_after(now);
             if self.may_exit(now) {
                 return Ok(());
             }
         }
     }
 
-    fn dispatch(&mut self, events: &[EpollEvent], signals: &SignalFd) {
+    /// What has happened outside.
+    pub(super) fn hear(
+        &mut self,
+        events: &mut [EpollEvent],
+        timeout: EpollTimeout,
+        signals: Option<&SignalFd>,
+    ) -> io::Result<()> {
+        let n = match self.epoll.wait(events, timeout) {
+            Ok(n) => n,
+            Err(nix::errno::Errno::EINTR) => 0,
+            Err(e) => return Err(e.into()),
+        };
+        self.dispatch(&events[..n], signals);
+        if !self.requests.is_empty() {
+            // A lock that was given back before one of these requests was sent is in some socket by now: seen first,
+            // or a program that was told of a commit would meet a BUSY out of the past.
+            let n = self.epoll.wait(events, EpollTimeout::ZERO).unwrap_or(0);
+            self.dispatch(&events[..n], signals);
+            self.answer_requests();
+        }
+        Ok(())
+    }
+
+    /// What is due.
+    pub(super) fn look_after(&mut self, now: Instant) {
+        self.try_forming(now);
+        self.open_waiting();
+        self.watch(now);
+        self.end_lingers(now);
+        self.settle_all();
+        if now.duration_since(self.last_tick) >= TICK {
+            self.last_tick = now;
+            self.tick(now);
+            self.settle_all();
+        }
+        self.keeping.watch(&self.epoll);
+    }
+
+    fn dispatch(&mut self, events: &[EpollEvent], signals: Option<&SignalFd>) {
         for event in events {
             match event.data() {
                 LISTENER => self.accept(),
-                SIGNALS => self.signalled(signals),
+                SIGNALS => signals.into_iter().for_each(|s| self.signalled(s)),
                 CHECKPOINTER_SOCKET => self.checkpointer_event(event.events()),
                 CHECKPOINTER_PIDFD => self.checkpointer_died(),
                 key @ (linger::MOVES | linger::OPENS) => self.file_event(key),
@@ -215,6 +249,9 @@ impl Server {
         let anybody_waits = self.databases.values().any(|d| d.watch.watched);
         if anybody_waits {
             at(now + WATCH_TICK);
+        }
+        if !self.opening.is_empty() {
+            at(now + LOOK_AGAIN);
         }
         if let Some(first) = self.forming.first() {
             at(first.next_try);
@@ -236,45 +273,11 @@ impl Server {
         EpollTimeout::from(u16::try_from(left.as_micros().div_ceil(1000)).unwrap_or(1000))
     }
 
-    fn accept(&mut self) {
-        loop {
-            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-            let fd = match accept4(self.listener.socket.as_raw_fd(), flags) {
-                // SAFETY: accept4 has just made this descriptor; it is ours.
-                Ok(fd) => unsafe { OwnedFd::from_raw_fd(fd) },
-                Err(nix::errno::Errno::EAGAIN) => return,
-                Err(e) => {
-                    // Out of descriptors, say: not asked again before the next tick.
-                    tracing::warn!("cannot accept: {e}");
-                    self.deaf = self.epoll.delete(&self.listener.socket).is_ok();
-                    return;
-                }
-            };
-            if let Err(e) = self.admit(fd) {
-                tracing::warn!("cannot admit a session: {e}");
-            }
-        }
-    }
-
-    fn admit(&mut self, socket: OwnedFd) -> io::Result<()> {
-        let peer = liveness::peer_of(&socket)?;
-        let id = self.next_session;
-        self.next_session += 1;
-        self.epoll.add(&socket, EpollEvent::new(EpollFlags::EPOLLIN, id * KEYS))?;
-        if let Some(pidfd) = &peer.pidfd {
-            self.epoll
-                .add(pidfd, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT, id * KEYS + 1))?;
-        }
-        self.sessions.insert(id, Session::new(id, socket, peer));
-        Ok(())
-    }
-
     fn socket_event(&mut self, id: u64, flags: EpollFlags) {
         if flags.contains(EpollFlags::EPOLLOUT) {
             self.flush(id);
         }
-        // A fixed number of packets a turn of the loop: one client cannot keep the others out.
-        for _ in 0..32 {
+        for _ in 0..MOST_A_ROUND {
             let Some(socket) = self.sessions.get(&id).and_then(|s| s.socket.as_ref()) else { return };
             match socket::receive(socket) {
                 Ok(packet) => {
@@ -341,7 +344,9 @@ impl Server {
 
     /// Ends a session that broke the rules. Its seats stay until it is proven dead or lets go.
     pub(super) fn end_session(&mut self, id: u64, reason: &str) {
-        if let Some(s) = self.sessions.get(&id) {
+        if let Some(s) = self.sessions.get(&id)
+            && self.users.may_say(s.peer.uid)
+        {
             tracing::warn!(session = id, client = s.label(), uid = s.peer.uid, "session ended: {reason}");
         }
         self.silence(id);
@@ -352,6 +357,7 @@ impl Server {
         let Some(session) = self.sessions.get_mut(&id) else { return };
         if let Some(socket) = session.socket.take() {
             let _ = self.epoll.delete(socket.as_fd());
+            self.users.silenced(session, socket);
         }
         session.stage = Stage::Silent;
         if session.seats.is_empty() {
@@ -364,6 +370,7 @@ impl Server {
     pub(super) fn drop_session(&mut self, id: u64) {
         let Some(session) = self.sessions.remove(&id) else { return };
         self.keeping.session_gone(&session);
+        self.users.left(&session);
         if let Some(pidfd) = &session.peer.pidfd {
             let _ = self.epoll.delete(pidfd);
         }
@@ -383,8 +390,10 @@ impl Server {
     }
 
     fn tick(&mut self, now: Instant) {
-        if std::mem::take(&mut self.deaf) {
-            let _ = self.epoll.add(&self.listener.socket, EpollEvent::new(EpollFlags::EPOLLIN, LISTENER));
+        self.hear_again();
+        if now.duration_since(self.last_second) >= Duration::from_secs(1) {
+            self.last_second = now;
+            self.users.tick();
         }
         let greeting = |s: &&Session| matches!(s.stage, Stage::Greeting | Stage::Introducing);
         let late = |s: &&Session| now.duration_since(s.since) > GREETING_LIMIT;

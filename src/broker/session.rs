@@ -141,8 +141,8 @@ impl Session {
     /// Its socket is gone and its liveness byte is free: it exec'ed or closed everything; its locks go, as its
     /// POSIX locks would have.
     pub fn let_go(&self) -> bool {
-        let free = self.liveness.as_ref().is_none_or(|fd| liveness::liveness_owner(fd).is_none());
-        self.stage == Stage::Silent && free
+        let free = || self.liveness.as_ref().is_none_or(|fd| liveness::liveness_owner(fd).is_none());
+        self.stage == Stage::Silent && free()
     }
 
     /// Sends, or keeps it for when there is room. Descriptors are duplicated only if it must be kept.
@@ -154,6 +154,11 @@ impl Session {
     /// Sends what was kept; true when nothing is left.
     pub fn flush(&mut self) -> io::Result<bool> {
         self.socket.as_ref().map_or(Ok(true), |socket| self.outbox.flush(socket))
+    }
+
+    /// Everything that it was sent.
+    pub fn has_read_all(&self) -> bool {
+        self.outbox.is_empty() && self.socket.as_ref().is_some_and(socket::all_read)
     }
 
     pub fn has_unsent(&self) -> bool {

@@ -10,11 +10,14 @@ use crate::segment::atomic::SeqCst;
 use crate::segment::futex;
 use crate::segment::layout::PARKED;
 use crate::wire::message::{Blocker, SeatKey};
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-/// How far a chain of waits is followed; a longer cycle ends at its waiters' limits.
-const CYCLE_STEPS: usize = 4096;
+/// How many seats are looked at to find a cycle; a longer one ends at its waiters' limits.
+const CYCLE_LOOKS: usize = 4096;
+/// The same for all waits that are looked at in one round: the others' is the next one. What seats say in the segment may
+/// be anything, and a member that has a thousand of them must not keep the broker busy.
+const ROUND_LOOKS: usize = 4 * CYCLE_LOOKS;
 /// A cycle that looks the same for so long is one.
 const CYCLE_STANDS: Duration = Duration::from_millis(12);
 /// How often a database is looked at in which somebody waits.
@@ -30,9 +33,10 @@ const STILL: Duration = Duration::from_millis(8);
 /// Then it is somewhere else (a stopped process): the next one's.
 const ABSENT: Duration = Duration::from_millis(50);
 
-/// A cycle of waits, as it was first seen.
+/// A wait that may be part of a cycle.
 pub struct Cycle {
     start: SeatKey,
+    /// As it was first seen, and when. Empty: not looked at yet.
     path: Vec<(SeatKey, u64)>,
     seen: Instant,
 }
@@ -117,18 +121,26 @@ impl Server {
 
     /// The seat has begun to wait. If that closes a cycle, it is the youngest waiter of it, and will yield.
     pub(super) fn look_for_cycle(&mut self, start: SeatKey, now: Instant) {
-        if !crate::planted::planted("cycles-wait")
-            && let Some(path) = self.cycle(start)
-        {
-            self.cycles.push(Cycle { start, path, seen: now });
+        let known = self.cycles.iter().any(|c| c.start == start);
+        if !known && !crate::planted::planted("cycles-wait") {
+            self.cycles.push(Cycle { start, path: Vec::new(), seen: now });
         }
     }
 
     /// Ends the cycles that have stood still. What is read in the segments changes while it is read: a holder that
     /// has just given its turn to a waiter and waits itself looks like a cycle, for a moment.
     fn break_cycles(&mut self, now: Instant) {
-        for cycle in std::mem::take(&mut self.cycles) {
-            if self.cycle(cycle.start).as_ref() != Some(&cycle.path) {
+        let mut cycles = std::mem::take(&mut self.cycles).into_iter();
+        let mut looks = ROUND_LOOKS;
+        while looks >= CYCLE_LOOKS
+            && let Some(cycle) = cycles.next()
+        {
+            let mut left = CYCLE_LOOKS;
+            let path = self.cycle(cycle.start, &mut left);
+            looks -= CYCLE_LOOKS - left;
+            let Some(path) = path else { continue };
+            if path != cycle.path {
+                self.cycles.push(Cycle { path, seen: now, ..cycle });
                 continue;
             }
             // The youngest yields; the others were seen waiting when it was looked at.
@@ -154,27 +166,22 @@ impl Server {
             }
             self.end_wait(key, true);
         }
+        // In front of those that have just been looked at.
+        self.cycles.splice(0..0, cycles);
     }
 
-    /// A cycle of waits through `start`: who waits for whom, each with what changes when it moves on.
-    fn cycle(&self, start: SeatKey) -> Option<Vec<(SeatKey, u64)>> {
+    /// A cycle of waits through `start`: who waits for whom, each with what changes when it moves on. `looks`: how many
+    /// seats may be looked at; those that were are taken off.
+    fn cycle(&self, start: SeatKey, looks: &mut usize) -> Option<Vec<(SeatKey, u64)>> {
         let mine = self.connection_of(start)?;
-        // Only a connection that has another seat can be waited for through a cycle of more than one.
-        let mut waiting: BTreeMap<(u64, u64), Vec<SeatKey>> = BTreeMap::new();
-        for (number, db) in &self.databases {
-            for seat in db.waiting() {
-                let waiter = SeatKey { database: *number, seat };
-                if let Some(connection) = self.connection_of(waiter) {
-                    waiting.entry(connection).or_default().push(waiter);
-                }
-            }
-        }
+        let mut followed = BTreeSet::new();
         // Waiters and blockers in turn, each with the one that led to it.
         let mut steps: Vec<(SeatKey, usize)> = vec![(start, 0)];
         let mut next = 0;
-        while next < steps.len().min(CYCLE_STEPS) {
+        while next < steps.len() {
             let waiter = steps[next].0;
             for blocker in self.blockers(waiter) {
+                *looks = looks.checked_sub(1)?;
                 let Some(connection) = self.connection_of(blocker) else { continue };
                 if connection == mine {
                     let mut path = vec![(blocker, self.stamp(blocker))];
@@ -186,14 +193,32 @@ impl Server {
                     path.push((start, self.stamp(start)));
                     return Some(path);
                 }
-                // Each waiting connection is followed once.
-                for other in waiting.remove(&connection).unwrap_or_default() {
-                    steps.push((other, next));
+                // Each connection is followed once, to wherever it waits.
+                if followed.insert(connection) {
+                    self.waits_of(connection, looks, |waiter| steps.push((waiter, next)))?;
                 }
             }
             next += 1;
         }
         None
+    }
+
+    /// The seats in which a connection waits. `None`: too many to look at.
+    fn waits_of(
+        &self,
+        connection: (u64, u64),
+        looks: &mut usize,
+        mut found: impl FnMut(SeatKey),
+    ) -> Option<()> {
+        let session = self.sessions.get(&connection.0)?;
+        *looks = looks.checked_sub(session.seats.len())?;
+        for key in &session.seats {
+            let waits = self.databases.get(&key.database).is_some_and(|db| db.waits(key.seat));
+            if waits && self.connection_of(*key) == Some(connection) {
+                found(*key);
+            }
+        }
+        Some(())
     }
 
     /// When the seat's wait began.
@@ -257,8 +282,11 @@ impl Server {
 impl Database {
     /// Seats that wait, as they say.
     pub(super) fn waiting(&self) -> impl Iterator<Item = SeatId> + '_ {
-        let waits = |seat: &SeatId| self.table().seat(*seat).is_some_and(|w| w.waiting.load(SeqCst) != 0);
-        self.seats.keys().copied().filter(waits)
+        self.seats.keys().copied().filter(|seat| self.waits(*seat))
+    }
+
+    fn waits(&self, seat: SeatId) -> bool {
+        self.table().seat(seat).is_some_and(|w| w.waiting.load(SeqCst) != 0)
     }
 
     /// How long the seat has had the turn, in milliseconds, as the seat says.

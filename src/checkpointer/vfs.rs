@@ -12,7 +12,9 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::ptr;
 use std::sync::atomic::{Ordering, fence};
+use std::time::Duration;
 use turnstile::lock::Slots;
+use turnstile::planted::planted;
 use turnstile::segment::layout::REGION_SIZE;
 
 pub const NAME: &CStr = c"turnstile-checkpointer";
@@ -31,6 +33,9 @@ struct File {
 }
 
 type Raw = *mut ffi::sqlite3_file;
+
+/// Of a sleep that SQLite asks for, in microseconds.
+const LONGEST_SLEEP: c_int = 200;
 
 /// Makes `work` the database that this thread's connections open. It must outlive them.
 pub fn serve(work: &Work) {
@@ -51,12 +56,21 @@ pub fn register() -> io::Result<()> {
         vfs.xDelete = Some(delete);
         vfs.xAccess = Some(access);
         vfs.xFullPathname = Some(full_pathname);
+        vfs.xSleep = Some(sleep);
         ffi::sqlite3_vfs_register(Box::into_raw(Box::new(vfs)), 0)
     };
     match rc {
         ffi::SQLITE_OK => Ok(()),
         _ => Err(io::Error::other("SQLite does not take the checkpointer's VFS")),
     }
+}
+
+/// wal.c sleeps between its tries to read the index's header, 10 s in all, while SHARED is held here and a last close
+/// waits for it. Whoever writes the header needs some microseconds; the next checkpoint finds another one.
+unsafe extern "C" fn sleep(_: *mut ffi::sqlite3_vfs, micros: c_int) -> c_int {
+    let micros = micros.clamp(0, if planted("checkpointer-sleeps") { c_int::MAX } else { LONGEST_SLEEP });
+    std::thread::sleep(Duration::from_micros(micros as u64));
+    micros
 }
 
 static METHODS: ffi::sqlite3_io_methods = ffi::sqlite3_io_methods {

@@ -28,6 +28,8 @@ use turnstile::segment::wal_index::WalIndex;
 use turnstile::wire::checkpoint::FromCheckpointer;
 use turnstile::wire::socket;
 
+/// How often a WAL is looked at that is begun anew meanwhile.
+const LOOKS: usize = 64;
 /// How long a checkpoint waits for its turn; then it goes on without.
 const TURN_PATIENCE: Duration = Duration::from_millis(10);
 
@@ -297,7 +299,7 @@ impl Work {
     pub fn verify(&self) -> Result<(), Refused> {
         let wal = self.wal.borrow();
         let wal = wal.as_ref().ok_or(Refused::Stale)?;
-        loop {
+        for _ in 0..LOOKS {
             let header = self.index().valid_header().ok_or(Refused::Stale)?;
             if header.frames() == 0 {
                 return Ok(()); // nothing will be copied
@@ -323,5 +325,6 @@ impl Work {
             }
             return Ok(());
         }
+        Err(Refused::Stale)
     }
 }

@@ -1,9 +1,10 @@
 //! `turnstile serve`: the broker.
 
 use std::io::IsTerminal;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use turnstile::broker::{Options, serve};
+use turnstile::broker::{Limits, Options, raise_descriptor_limit, serve};
 use turnstile::client::{config, place};
 
 #[derive(clap::Args, Debug)]
@@ -23,6 +24,17 @@ pub struct ServeArgs {
     /// one file. Two mounts of one directory will lose rows.
     #[arg(long)]
     allow_unsafe_filesystems: bool,
+    /// Sessions (processes) that one user may have. Default: as many as a quarter of this process's open files are
+    /// enough for (three quarters, if only one's own user connects), 8192 at most.
+    #[arg(long, value_name = "N")]
+    user_sessions: Option<NonZeroUsize>,
+    /// Databases that one user may be the first to open. Default: likewise, 4096 at most.
+    #[arg(long, value_name = "N")]
+    user_databases: Option<NonZeroUsize>,
+    /// Descriptors that may be under way to one user's processes, which do not receive them. Default: an eighth of
+    /// the limit of open files, 256 at most.
+    #[arg(long, value_name = "N")]
+    user_descriptors: Option<NonZeroUsize>,
     /// Leave checkpoints to the programs, as SQLite does.
     #[arg(long)]
     no_checkpointer: bool,
@@ -69,9 +81,19 @@ pub fn run(args: ServeArgs) -> ExitCode {
         Err(e) => return fail(&e),
     };
     let root = nix::unistd::geteuid().is_root();
+    let everyone = args.everyone.unwrap_or(root);
+    let mut limits = Limits::of(raise_descriptor_limit(), everyone);
+    for (limit, given) in [
+        (&mut limits.sessions, args.user_sessions),
+        (&mut limits.databases, args.user_databases),
+        (&mut limits.descriptors, args.user_descriptors),
+    ] {
+        *limit = given.map_or(*limit, NonZeroUsize::get);
+    }
     let options = Options {
         socket,
-        everyone: args.everyone.unwrap_or(root),
+        everyone,
+        limits,
         idle_exit: args.idle_exit,
         allow_unsafe: args.allow_unsafe_filesystems,
         checkpointer: (!args.no_checkpointer).then(|| PathBuf::from("/proc/self/exe")),

@@ -73,6 +73,16 @@ fn render(report: &Value) -> String {
         text(&broker["socket"]),
         broker["uptime_seconds"]
     );
+    let limits = &broker["limits"];
+    let _ = write!(
+        out,
+        "\na user may have {} sessions, {} databases, {} descriptors under way",
+        limits["sessions"], limits["databases"], limits["descriptors"]
+    );
+    for user in broker["users"].as_array().into_iter().flatten() {
+        let (uid, sessions, databases) = (&user["uid"], &user["sessions"], &user["databases"]);
+        let _ = write!(out, "\n  user {uid}: {sessions} sessions, {databases} databases");
+    }
     let databases = report["databases"].as_array().cloned().unwrap_or_default();
     if databases.is_empty() {
         out.push_str("\nno databases are open");

@@ -45,8 +45,9 @@ pub fn greet(path: &Path, liveness: BorrowedFd, limit: Duration) -> Result<Welco
     let hello = Hello { magic: PROTOCOL_MAGIC, version: PROTOCOL_VERSION };
     let hello = socket::encode(&hello).map_err(io_error)?;
     // Both at once: each answer waited for is a tenth of a millisecond of a short process's life.
-    socket::send_within(&socket, &hello, &[], limit).map_err(|e| unsent(path, e))?;
-    let sent = socket::send_within(&socket, &introduce, &[liveness.as_raw_fd()], limit);
+    // A broker that has no room for this user says so before it is asked, and closes.
+    let sent = socket::send_within(&socket, &hello, &[], limit)
+        .and_then(|()| socket::send_within(&socket, &introduce, &[liveness.as_raw_fd()], limit));
     greeted(path, &socket, limit)?;
     sent.map_err(|e| unsent(path, e))?;
     let welcome = await_packet(path, &socket, limit)?;

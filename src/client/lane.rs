@@ -28,6 +28,9 @@ const IDLE_MICROS: u64 = 5;
 const TELL_AFTER: Duration = Duration::from_millis(4);
 /// How often a waiter looks at its limit and its interrupt flag.
 const SLICE: Duration = Duration::from_millis(10);
+/// What a waiter waits for may change so often before it sleeps nevertheless: words that somebody scribbles on may do so
+/// for ever.
+const CHANGES: u32 = 64;
 
 /// One connection's seat on the fast lane.
 #[derive(Debug)]
@@ -116,6 +119,7 @@ pub fn wait(seat: &Seat, ask: Ask, mut give_up: impl FnMut() -> bool, tell: impl
     let (mut told, mut awake) = (false, false);
     let ended = |verdict, deadlock, gave_up| Outcome { verdict, deadlock, gave_up, blocker: None };
     let mut next_look = begun + SLICE;
+    let mut changes = 0;
     loop {
         seat.begin_wait(ask.request, for_turn);
         if std::mem::take(&mut awake) && for_turn {
@@ -127,8 +131,8 @@ pub fn wait(seat: &Seat, ask: Ask, mut give_up: impl FnMut() -> bool, tell: impl
                 seat.end_wait();
                 return ended(verdict, false, false);
             }
-            Attempt::Wait { for_turn: now } if now != for_turn => {
-                for_turn = now;
+            Attempt::Wait { for_turn: now } if now != for_turn && changes < CHANGES => {
+                (for_turn, changes) = (now, changes + 1);
                 seat.mark(RUNNING);
                 continue;
             }
@@ -139,6 +143,7 @@ pub fn wait(seat: &Seat, ask: Ask, mut give_up: impl FnMut() -> bool, tell: impl
         let next = if told { next_look } else { next_look.min(begun + TELL_AFTER) };
         seat.parking.park(words, PARKED, next.saturating_duration_since(now));
         awake = words.park.swap(RUNNING, SeqCst) == NOTIFIED;
+        changes = 0;
         let now = Instant::now();
         if !told && now >= begun + TELL_AFTER {
             told = true;

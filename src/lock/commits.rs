@@ -18,6 +18,7 @@
 //! ([`Commits::cut_at`]) and says which numbers have failed ([`Commits::repaired`]); only after that is anybody told.
 
 use super::park::Rounds;
+use super::tries::tries;
 use crate::planted::planted;
 use crate::segment::atomic::{AtomicU64, SeqCst};
 use crate::segment::layout::{COMMITS, CommitWords, FAILURES, IssuedWords, SyncedWords};
@@ -240,7 +241,7 @@ impl<'a> Commits<'a> {
     fn raise(&self, number: Number) -> bool {
         let durable = &self.synced().durable;
         let mut now = durable.load(SeqCst);
-        loop {
+        for _ in tries() {
             if now & FAILED != 0 {
                 return now & !FAILED >= number;
             }
@@ -252,6 +253,7 @@ impl<'a> Commits<'a> {
                 Err(other) => now = other,
             }
         }
+        false
     }
 
     /// A sync of the WAL has failed: what is not durable by now never will be, unless it is written again.

@@ -11,6 +11,7 @@
 //! [`FileWords::lowering`]: crate::segment::layout::FileWords::lowering
 
 use super::SeatId;
+use super::tries::tries;
 use crate::planted::planted;
 use crate::segment::atomic::{AtomicU64, SeqCst};
 
@@ -44,19 +45,19 @@ impl<'a> Hints<'a> {
             return;
         }
         word.fetch_and(!(0b10 << shift), SeqCst);
-        loop {
+        for _ in tries() {
             let seen = word.load(SeqCst);
             if seen >> shift & 0b11 != 0b01 {
                 return; // raised meanwhile
             }
             if !empty() {
-                word.fetch_or(0b11 << shift, SeqCst);
-                return;
+                break;
             }
             if word.compare_exchange(seen, seen & !(0b11 << shift), SeqCst, SeqCst).is_ok() {
                 return;
             }
         }
+        word.fetch_or(0b11 << shift, SeqCst);
     }
 
     /// Seats that may hold something.

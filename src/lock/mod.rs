@@ -8,6 +8,7 @@
 //! * [`rules`]: what a request means: at once, wait, or BUSY. [`seat`]: giving back; when a turn ends.
 //! * [`rest`]: seats without a connection, which their processes keep for the next. [`last`]: the last close.
 //! * [`commits`]: durable commits that share one sync. [`learned`]: what statements have shown of themselves.
+//! * [`tries`]: that no loop over shared words is without end.
 //! * [`queue`]: the socket lane's requests, and what a death leaves behind. [`unused`]: turns that nobody uses.
 //! * [`takeover`]: what a broker's death leaves to the next.
 
@@ -22,6 +23,7 @@ pub mod rules;
 pub mod seat;
 pub mod table;
 pub mod takeover;
+mod tries;
 pub mod turn;
 pub mod unused;
 

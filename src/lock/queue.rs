@@ -12,9 +12,9 @@ use crate::segment::atomic::SeqCst;
 use crate::segment::layout::{NOTIFIED, PARKED, PROBATION_OPEN};
 use std::collections::BTreeMap;
 
-/// How often [`Lane::settle`] looks again at most. Honest seats need a few rounds; whoever is left is looked at in the
-/// broker's next turn, within milliseconds.
-const SETTLE_ROUNDS: usize = 64;
+/// How often [`Lane::settle`] tries a request again at most, over all seats. Honest ones need a few rounds; whoever is
+/// left is looked at in the broker's next turn, within milliseconds.
+const SETTLE_AGAIN: usize = 256;
 
 /// A seat whose requests come by the socket.
 #[derive(Debug, Default)]
@@ -95,12 +95,14 @@ impl<'a> Lane<'a> {
     pub fn settle(&mut self) -> Vec<(SeatId, Verdict)> {
         let mut ended = Vec::new();
         // A member that scribbles over the words of others could keep them looking woken for ever.
-        for _ in 0..SETTLE_ROUNDS {
+        let mut most = self.queue.waiting.len() + SETTLE_AGAIN;
+        while most != 0 {
             let mut again = false;
-            for id in self.queue.waiting.clone() {
+            for id in self.queue.waiting.clone().into_iter().take(most) {
                 let Some(brokered) = self.queue.seats.get(&id) else { continue };
                 let Some(ask) = brokered.asks else { continue };
                 let seat = brokered.seat(self.table, id, self.parking);
+                most -= 1;
                 seat.mark(PARKED);
                 match seat.attempt(ask) {
                     Attempt::Done(verdict) => {

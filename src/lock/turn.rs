@@ -14,6 +14,7 @@
 use super::SeatId;
 use super::park::Parking;
 use super::table::Table;
+use super::tries::tries;
 use crate::planted::planted;
 use crate::segment::atomic::SeqCst;
 use crate::segment::layout::{ARRIVED, NAPPING, NOTIFIED, PARKED, RUNNING};
@@ -114,7 +115,7 @@ impl<'a> Turn<'a> {
     /// Takes the turn if it is the seat's to take: nobody waits, or the seat is first in the line, or `passes` says that
     /// it may go before that one, which is not awake yet. `passes` is told whether the seat had the turn last.
     pub fn try_take(&self, seat: SeatId, in_line: bool, passes: impl Fn(bool, SeatId) -> bool) -> bool {
-        loop {
+        for _ in tries() {
             let word = self.load();
             if word.holder() == Some(seat) {
                 return true;
@@ -147,15 +148,16 @@ impl<'a> Turn<'a> {
                 return true;
             }
         }
+        false
     }
 
     /// Draws a ticket and stands in the line.
     pub fn enter(&self, seat: SeatId) {
         let Some(own) = self.table.seat(seat) else { return };
-        let ticket = self.table.words.tickets.0.fetch_add(1, SeqCst) + 1;
+        let ticket = self.table.words.tickets.0.fetch_add(1, SeqCst).wrapping_add(1);
         own.ticket.store(ticket, SeqCst);
         self.table.line.set(seat);
-        loop {
+        for _ in tries() {
             // A new generation even if the mark is there: a holder that has just found the line empty is about to
             // take the mark away.
             let word = self.load();
@@ -183,7 +185,7 @@ impl<'a> Turn<'a> {
 
     /// Ends the seat's turn; says whether it had it. `streak` is asked when somebody waits.
     pub fn end(&self, seat: SeatId, streak: impl Fn() -> Streak) -> bool {
-        loop {
+        for _ in tries() {
             let word = self.load();
             if word.holder() != Some(seat) {
                 return false;
@@ -221,12 +223,13 @@ impl<'a> Turn<'a> {
                 return true;
             }
         }
+        false
     }
 
     /// The seat has just taken a write lock in its turn: whether the turn is still its own. One that the broker
     /// has begun to take back is kept by this.
     pub fn confirm(&self, seat: SeatId) -> bool {
-        loop {
+        for _ in tries() {
             let word = self.load();
             if word.holder() != Some(seat) {
                 return planted("confirm-ignored");
@@ -235,6 +238,7 @@ impl<'a> Turn<'a> {
                 return true;
             }
         }
+        false
     }
 
     /// Takes the turn back from a seat that does not use it. `used` is asked once the seat, taking a write lock
@@ -263,7 +267,7 @@ impl<'a> Turn<'a> {
 
     /// Wakes whoever may take the turn now, if it is nobody's. An offer to a seat that has left is withdrawn.
     pub fn kick(&self) {
-        loop {
+        for _ in tries() {
             let word = self.load();
             if word.holder().is_some() {
                 return; // whoever has it will do it
@@ -287,12 +291,12 @@ impl<'a> Turn<'a> {
     pub fn pass_over(&self, seat: SeatId) {
         if let Some(other) = self.table.seat(seat) {
             let old = other.ticket.load(SeqCst);
-            let later = self.table.words.tickets.0.fetch_add(1, SeqCst) + 1;
+            let later = self.table.words.tickets.0.fetch_add(1, SeqCst).wrapping_add(1);
             if old != 0 {
                 let _ = other.ticket.compare_exchange(old, later, SeqCst, SeqCst);
             }
         }
-        loop {
+        for _ in tries() {
             let word = self.load();
             if word.offered_to() != Some(seat) || self.swap(word, word.withdrawn()) {
                 break;
@@ -350,7 +354,7 @@ impl<'a> Turn<'a> {
     /// Frees the turn of a seat that is dead, or its offer.
     pub fn clear(&self, seat: SeatId) {
         self.leave_line(seat);
-        loop {
+        for _ in tries() {
             let word = self.load();
             let keep = word.seat() != seat || planted("turn-of-the-dead");
             if keep || self.swap(word, word.next(word.contended(), NOBODY)) {

@@ -3,6 +3,7 @@
 use super::atomic::{AtomicU32, SeqCst};
 use super::layout::{CONTROL_SIZE, Control, Header, LAYOUT_VERSION, MAGIC, MAX_REGIONS, REGION_SIZE};
 use super::memfd;
+use crate::planted::planted;
 use memmap2::{MmapOptions, MmapRaw};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -61,8 +62,7 @@ impl ControlMap {
         if header.magic != MAGIC || header.nonce != nonce {
             return Err(wrong());
         }
-        let other_version =
-            header.layout_version != LAYOUT_VERSION || crate::planted::planted("other-layout-version");
+        let other_version = header.layout_version != LAYOUT_VERSION || planted("other-layout-version");
         map.header_only = other_version || size != CONTROL_SIZE;
         Ok(map)
     }
@@ -118,16 +118,18 @@ impl ControlMap {
         let _ = self.header().poisoned.compare_exchange(0, STOPPING, SeqCst, SeqCst);
     }
 
-    /// Regions that may be touched. SeqCst pairs with [`ControlMap::grow`], where it follows the allocation.
+    /// Regions that may be touched. SeqCst pairs with [`ControlMap::grow`], where it follows the allocation. Never more
+    /// than the memfd has: the number may be a scribbler's, and who touched what is behind the end would be killed.
     pub fn regions(&self) -> u32 {
-        self.regions_word().load(SeqCst)
+        let regions = self.regions_word().load(SeqCst);
+        if planted("regions-believed") { regions } else { regions.min(MAX_REGIONS) }
     }
 
     /// At least `wanted` regions of the wal-index, whose memfd this is: their pages are allocated before they are
     /// announced, so that nobody can meet a SIGBUS. The number in shared memory may be anything: a wrong one costs its
     /// members memory, or a region.
     pub fn grow(&self, wal_index: impl AsFd, wanted: u32) -> io::Result<u32> {
-        let have = self.regions().min(MAX_REGIONS);
+        let have = self.regions();
         if wanted > MAX_REGIONS {
             return Err(io::Error::other("the wal-index has reached its limit"));
         }
@@ -141,5 +143,23 @@ impl ControlMap {
 
     fn regions_word(&self) -> &AtomicU32 {
         &self.header().regions
+    }
+}
+
+#[cfg(all(test, not(feature = "loom")))]
+mod tests {
+    use super::*;
+    use crate::planted::fails_without;
+
+    /// Who maps a region behind the memfd's end is killed when it touches it.
+    #[test]
+    fn no_more_regions_than_there_are() {
+        fails_without("regions-believed", || {
+            let map = ControlMap::private().unwrap();
+            for scribbled in [MAX_REGIONS + 1, u32::MAX] {
+                map.regions_word().store(scribbled, SeqCst);
+                assert_eq!(map.regions(), MAX_REGIONS);
+            }
+        });
     }
 }

@@ -122,6 +122,16 @@ impl WalIndex {
         (self.word(MX_FRAME).load(Ordering::Relaxed), self.word(BACKFILL).load(Ordering::Relaxed))
     }
 
+    /// Whether SQLite can be given it to read: the header is valid, its page size one that there is, and no more frames
+    /// are in the database than there are (wal.c looks for a page from `nBackfill` on, and with a number that is none
+    /// it reads before the beginning of an array).
+    pub fn is_sane(&self) -> bool {
+        let Some(header) = self.valid_header() else { return false };
+        let page = header.page_size();
+        let pages = page == 0 && header.frames() == 0 || page.is_power_of_two() && page >= 512;
+        pages && self.progress().1 <= header.frames()
+    }
+
     /// `aReadMark[i]`.
     pub fn read_mark(&self, i: usize) -> u32 {
         self.word(READ_MARKS + i.min(4)).load(Ordering::SeqCst)

@@ -66,6 +66,22 @@ pub fn short_path(path: &Path) -> io::Result<(OwnedFd, std::path::PathBuf)> {
     Ok((dir, short))
 }
 
+/// The next connection of a listening socket, non-blocking and close-on-exec.
+pub fn accept(listener: impl AsFd) -> nix::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = nix::sys::socket::accept4(listener.as_fd().as_raw_fd(), flags)?;
+    // SAFETY: accept4 has just made this descriptor; it is ours.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// The other end has received everything that was sent, or is closed (unix(7), `SIOCOUTQ`).
+pub fn all_read(fd: impl AsFd) -> bool {
+    let mut unread: libc::c_int = 0;
+    // SAFETY: the kernel writes one int. (`SIOCOUTQ` has `TIOCOUTQ`'s number.)
+    let rc = unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), libc::TIOCOUTQ, &raw mut unread) };
+    rc == 0 && unread == 0
+}
+
 /// Encodes a message for [`send`].
 pub fn encode(message: &impl Serialize) -> io::Result<Vec<u8>> {
     let bytes = postcard::to_stdvec(message).map_err(io::Error::other)?;

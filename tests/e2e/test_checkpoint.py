@@ -62,8 +62,8 @@ def write(w):
     keep.close()
 
 
-def made(broker):
-    path = create(broker.path("app.db"))
+def made(broker, name="app.db"):
+    path = create(broker.path(name))
     plain(path, "ALTER TABLE rows ADD COLUMN pad")
     return path
 
@@ -278,12 +278,16 @@ def test_members_checkpoint_when_the_checkpointer_keeps_dying():
         path = made(broker)
         with Workers(2, write, 6.0, path, broker, options={"pad": 1500}) as workers:
             workers.go()
-            seen = set()
-            for _ in range(4):
-                pid = wait_until(lambda: {broker.status()["broker"]["checkpointer"]} - seen - {None},
-                                 what="another checkpointer").pop()
-                seen.add(pid)
-                os.kill(pid, signal.SIGKILL)
+            seen = {None}
+            for _ in range(7):  # the fourth death at this database, or at none
+                def next_one():
+                    by = (checkpoints(broker, path) or {}).get("by")
+                    return {broker.status()["broker"]["checkpointer"]} - seen or by == "members"
+                pid = wait_until(next_one, what="another checkpointer")
+                if pid is True:
+                    break
+                seen |= pid
+                os.kill(*pid, signal.SIGKILL)
             state = wait_until(lambda: (lambda c: c and c["by"] == "members" and c)(checkpoints(broker, path)),
                                what="members' own checkpoints")
             assert "within a minute" in state["reason"], state
@@ -291,6 +295,36 @@ def test_members_checkpoint_when_the_checkpointer_keeps_dying():
         assert max(r["longest"] for r in results) < 2 * LIMIT, results
         assert "within a minute" in broker.log()
         check_rows(path, broker.record)
+
+
+@fails_without("one-dies-for-all", message="are left to the members")
+@timeout(90)
+def test_a_database_at_which_the_checkpointer_keeps_dying_is_left_alone():
+    """And no other one: what a member writes into its own database's index must not cost others their checkpoints."""
+    with Broker() as broker:
+        evil, good = made(broker), made(broker, "good.db")
+        with Workers(1, write, 60.0, evil, broker, record=evil + ".record", options={"pad": 1500}) as first, \
+                Workers(1, write, 60.0, good, broker, record=good + ".record", first=1,
+                        options={"pad": 1500}) as second:
+            first.go()
+            second.go()
+            for _ in range(7):  # at the first one the other may have been at work as well
+                if checkpoints(broker, evil)["by"] == "members":
+                    break
+                assert checkpoints(broker, good)["by"] == "broker", "checkpoints of the good one are left to the members"
+                os.kill(stop_in_turn(broker, evil), signal.SIGKILL)
+                wait_until(lambda: (lambda e: not e["turn"] or e["turn"]["program"] != "turnstile checkpointer")
+                           (broker.database(evil)), what="the dead one's turn to end")
+            assert checkpoints(broker, good)["by"] == "broker", "checkpoints of the good one are left to the members"
+            state = checkpoints(broker, evil)
+            assert state["by"] == "members" and "at this database" in state["reason"], state
+            before = checkpoints(broker, good)["done"]
+            wait_until(lambda: checkpoints(broker, good)["done"] > before + 2, what="more checkpoints of the good one")
+            assert checkpoints(broker, good)["by"] == "broker", "checkpoints of the good one are left to the members"
+            first.kill(0)
+            second.kill(1)
+        check_rows(evil, evil + ".record", killed=(0,))
+        check_rows(good, good + ".record", killed=(1,))
 
 
 @waits

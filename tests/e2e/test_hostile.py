@@ -48,8 +48,8 @@ class Hostile(Wire):
 
     def __init__(self, broker, program="hostile", hello=True, introduce=True):
         self.s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.s.settimeout(10)
         self.s.connect(broker.socket)
+        self.s.settimeout(10)
         self.liveness = self.seat = None
         if hello:
             self.send(HELLO)
