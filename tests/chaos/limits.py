@@ -27,7 +27,7 @@ def overlap(since, until, windows):
 
 
 TAKEN_BACK = re.compile(r"(\S+)Z +DEBUG .*turn taken back.* database=(\d+)")
-OPENED = re.compile(r"\S+ +INFO .*opened database=(\d+) name=\"([^\"]*)\\.db\"")
+OPENED = re.compile(r"\S+ +INFO .*opened database=(\d+) name=\"([^\"]*)\.db\"")
 
 
 def taken_back(log):

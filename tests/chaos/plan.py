@@ -65,7 +65,7 @@ class Plan:
                 weights["back"] = 3
             caches = (2000,) if name == "small" and kind != "rust" else (5, 10, 100, 2000)
             manners = [m for m in decks.MANNERS if m != "own-exit" or self.broker == "none"]
-            deck = decks.draw(rng, name, attached, weights, manners, only=self.works, caches=caches)
+            deck = decks.draw(rng, name, attached, weights, manners, only=self.works, never=[w for w in weights if not weights[w]], caches=caches)
             how = "plain" if plain else "run" if kind in ("python-run", "shell") else "load"
             env = {"TURNSTILE_BEGIN": rng.choice(("learn", "learn", "learn", "immediate", "deferred"))}
             clock = None
