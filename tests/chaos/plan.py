@@ -11,6 +11,7 @@ Slot = collections.namedtuple("Slot", "name kind how deck env clock steady")
 Event = collections.namedtuple("Event", "at what slot more")
 
 LIMIT = 3.0  # seconds that a wait may last (TURNSTILE_WAIT)
+PATIENCE = 8.0  # seconds, beyond the limits of waits, for whatever has to come to an end on a busy machine
 GRACE = 2.0  # seconds after the broker's death in which nobody else dies
 WHAT = ("kill", "stop", "leave", "empty", "checkpointer", "broker", "descriptors", "disk", "plain", "fork", "exec",
         "exhaust", "clock")

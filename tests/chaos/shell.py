@@ -6,7 +6,6 @@ the member that is killed and stopped; this process is not.
 
 import os
 import re
-import select
 import subprocess
 import sys
 import time
