@@ -9,6 +9,7 @@ use model::{Actor, BROKER, Scenario, World, check, choose, post, wait_for_post};
 use turnstile::lock::SeatId;
 use turnstile::lock::queue::{Lane, Queue};
 use turnstile::lock::rest::Rest;
+use turnstile::lock::table::Table;
 use turnstile::segment::atomic::SeqCst;
 
 /// Where the gate is open, in `World::mail`; below it, that the seat of that number has said it leaves.
@@ -34,10 +35,10 @@ fn say_leave(a: &Actor) {
 
 /// Closes the connection. The count that the seat rests under, if it does.
 fn close(a: &Actor) -> Option<u32> {
-    match a.table().rest(a.id) {
+    match a.table().rest(a.id, false) {
         Rest::Rests(count) => return Some(count),
         Rest::Last => say_leave(a),
-        Rest::Closed => {}
+        Rest::Lingers(_) | Rest::Closed => {}
     }
     None
 }
@@ -161,8 +162,8 @@ fn a_number_that_was_given_out_again_is_not_taken_back() {
                     return;
                 }
                 clear(a, 1);
-                a.table().members.set(1);
-                let Rest::Rests(count) = a.table().rest(1) else { panic!("seat 2 is in use") };
+                a.table().hand_out(1);
+                let Rest::Rests(count) = a.table().rest(1, false) else { panic!("seat 2 is in use") };
                 assert!(a.table().resume(1, count), "its own seat is taken by a stranger");
                 a.world.enter(1);
                 a.world.leave(1);
@@ -180,11 +181,104 @@ fn the_last_one_out_opens_the_gate_in_the_brokers_place() {
         }
     };
     check(&["closed-unasked"], || {
-        let rests = |w: &World| assert!(matches!(w.table().rest(3), Rest::Rests(0)));
+        let rests = |w: &World| assert!(matches!(w.table().rest(3, false), Rest::Rests(0)));
         scenario().setup(rests).seat(1, last_out).seat(2, last_out).seat(3, move |a| {
             if a.table().resume(3, 0) {
                 last_out(a);
             }
         })
+    });
+}
+
+/// That the broker has been told, in `World::mail` of two seats.
+const TOLD: usize = 2;
+
+/// Closes the connection of a database that may linger. The count that the seat rests under.
+fn close_for_a_while(a: &Actor) -> Option<u32> {
+    let told = &a.world.mail[TOLD];
+    match a.table().rest(a.id, true) {
+        Rest::Rests(count) => Some(count),
+        Rest::Lingers(count) => {
+            if Table::must_tell(told) {
+                post(BROKER);
+            }
+            Some(count)
+        }
+        Rest::Last => panic!("it lingers"),
+        Rest::Closed => None,
+    }
+}
+
+/// As `broker::linger` does it; its patience is any.
+fn patient_broker(a: &Actor) {
+    let told = &a.world.mail[TOLD];
+    let mut seats: Vec<SeatId> = vec![1, 2];
+    while !seats.is_empty() {
+        wait_for_post(BROKER);
+        if a.table().all_rest(told, seats.iter().copied()) {
+            seats.retain(|s| {
+                let closed = a.table().close_resting(*s);
+                if closed {
+                    clear(a, *s);
+                }
+                !closed
+            });
+        }
+    }
+    a.world.mail[GATE].store(1, SeqCst);
+}
+
+#[test]
+fn one_comes_back_to_a_database_that_lingers() {
+    check(&["forgets-after-the-look", "closed-unasked", "cleared-looks-used"], || {
+        let two = |w: &World| w.table().members.clear(3);
+        let once = |a: &Actor| {
+            use_it(a);
+            close_for_a_while(a);
+        };
+        let twice = |a: &Actor| {
+            use_it(a);
+            if let Some(count) = close_for_a_while(a)
+                && a.table().resume(a.id, count)
+            {
+                use_it(a);
+                close_for_a_while(a);
+            }
+        };
+        scenario().setup(two).seat(1, twice).seat(2, once).seat(BROKER as SeatId, patient_broker)
+    });
+}
+
+/// Frames in the WAL and in the database file, in `World::mail`.
+const FRAMES: usize = 0;
+const COPIED: usize = 1;
+
+/// Closed means complete: of those that close at once, somebody has copied what all of them committed.
+#[test]
+fn the_last_of_two_that_close_at_once_copies_all() {
+    check(&["closing-looks-first"], || {
+        let open = |w: &World| {
+            w.table().members.clear(4);
+            [1, 2, 3].into_iter().for_each(|s| w.table().set_wal_open(s, true));
+        };
+        let close = |a: &Actor| {
+            a.world.mail[FRAMES].fetch_add(1, SeqCst);
+            if a.table().closes_last(a.id) {
+                let frames = a.world.mail[FRAMES].load(SeqCst);
+                a.world.mail[COPIED].fetch_max(frames, SeqCst);
+            }
+            a.table().closed(a.id);
+        };
+        let complete = |w: &World| {
+            let at = |i: usize| w.mail[i].load(SeqCst);
+            assert_eq!(at(COPIED), at(FRAMES), "all are closed and not everything is copied");
+        };
+        Scenario::new()
+            .setup(open)
+            .finally(complete)
+            .seat(1, close)
+            .seat(2, close)
+            .seat(3, close)
+            .preemptions(3)
     });
 }

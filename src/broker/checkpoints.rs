@@ -68,6 +68,10 @@ impl Checkpoints {
         self.since.is_some()
     }
 
+    pub fn has_wal(&self) -> bool {
+        self.wal.is_some()
+    }
+
     pub fn is_paused(&self) -> bool {
         self.paused
     }
@@ -181,15 +185,30 @@ impl Server {
             state.paused = true; // somebody will send it
             return;
         }
-        if !std::mem::replace(&mut state.introduced, true) {
+        self.order(number, &ToCheckpointer::Checkpoint { database: number });
+    }
+
+    /// Nobody has the database open, and it has lingered for long enough.
+    pub(super) fn settle(&mut self, number: u32) {
+        if !self.order(number, &ToCheckpointer::Settle { database: number }) {
+            self.settled(number, false);
+            self.drop_if_unused(number);
+        }
+    }
+
+    /// Asks the checkpointer for something that it will answer. False: there is none.
+    fn order(&mut self, number: u32, message: &ToCheckpointer) -> bool {
+        let Some(db) = self.databases.get_mut(&number) else { return false };
+        if !std::mem::replace(&mut db.checkpoints.introduced, true) {
             self.introduce(number);
         }
         let Some(db) = self.databases.get_mut(&number).filter(|d| d.checkpoints.unable.is_none()) else {
-            return;
+            return false;
         };
         db.checkpoints.since = Some(Instant::now());
-        let sent = self.checkpointer.send(&ToCheckpointer::Checkpoint { database: number }, &[]);
+        let sent = self.checkpointer.send(message, &[]);
         self.told(sent);
+        true
     }
 
     /// The database's last member has left.
@@ -269,6 +288,7 @@ impl Server {
         let state = &mut db.checkpoints;
         let took = state.since.take().map(|since| since.elapsed());
         tracing::debug!(database = number, ?outcome, ?took, "checkpoint");
+        let settled = outcome == Outcome::Settled;
         match outcome {
             Outcome::Copied { frames, backfilled } => {
                 // Readers may stand in the way: not asked again at once.
@@ -278,7 +298,7 @@ impl Server {
                 state.done += 1;
                 state.paused = !moved;
             }
-            Outcome::Nothing => state.paused = true,
+            Outcome::Nothing | Outcome::Settled => state.paused = true,
             Outcome::Unable(reason) => db.leave_to_members(&reason),
             Outcome::SyncFailed(reason) => {
                 tracing::error!(database = ?db.identity, "{reason}: the segment is poisoned");
@@ -290,6 +310,7 @@ impl Server {
         if !db.checkpoints.paused {
             db.answer_writers();
         }
+        self.settled(number, settled);
         self.drop_if_unused(number);
     }
 
@@ -324,6 +345,7 @@ impl Server {
             tracing::warn!("the checkpointer ended ({status}): another one is started");
         }
         for number in known {
+            self.settled(number, false);
             if self.databases.get(&number).is_some_and(|d| d.seats.is_empty()) {
                 self.drop_if_unused(number);
             } else if self.stopping.is_none() {

@@ -1,6 +1,7 @@
 //! One database: its identity, its mode, its seats, its locks, its segment.
 
 use super::checkpoints::Checkpoints;
+use super::linger::Linger;
 use super::parking::Own;
 use super::waits::Watch;
 use crate::lock::SeatId;
@@ -125,6 +126,7 @@ pub struct Database {
     pub seats: BTreeMap<SeatId, Seat>,
     pub watch: Watch,
     pub checkpoints: Checkpoints,
+    pub linger: Linger,
     /// Waits that were ended because they closed a cycle, for `status`.
     pub deadlocks: u64,
     /// Turns taken back because their seat did not use them, likewise.

@@ -104,6 +104,12 @@ impl Server {
         let sessions = &self.sessions;
         forming.joins.retain(|p| sessions.contains_key(&p.session));
         let Some(first) = forming.joins.first_mut() else { return };
+        let Candidate { home, identity, .. } = &first.candidate;
+        if self.name_is_taken(&home.clone(), *identity) && !planted("name-not-looked-at") {
+            forming.next_try = now + GATE_RETRY;
+            self.forming.push(forming);
+            return;
+        }
         let state = if first.join.guest {
             guest("asked for (TURNSTILE_MODE=guest)")
         } else if first.candidate.role == Role::ReadOnly {
@@ -157,11 +163,13 @@ impl Server {
             seats: Default::default(),
             watch: Default::default(),
             checkpoints: Default::default(),
+            linger: Default::default(),
             deadlocks: 0,
             turns_revoked: 0,
         };
         self.databases.insert(number, db);
         self.offer_checkpoints(number);
+        self.offer_linger(number);
         number
     }
 
@@ -222,7 +230,7 @@ impl Server {
         };
         let joined = Joined { seat: key, mode, role, nonce, segment: !fds.is_empty() };
         // Before the client knows: another one that closes looks for seats in use.
-        db.table().members.set(seat);
+        db.table().hand_out(seat);
         if let Err(e) = session.send(&FromBroker::Joined { id: p.id, joined }, &fds) {
             db.table().members.clear(seat);
             return Err((Refusal::Exhausted, format!("cannot pass the segment: {e}")));
@@ -264,7 +272,7 @@ impl Server {
         }
     }
 
-    fn clear_seat(&mut self, key: SeatKey) {
+    pub(super) fn clear_seat(&mut self, key: SeatKey) {
         if let Some(s) = self.sessions.values_mut().find(|s| s.seats.contains(&key)) {
             s.seats.remove(&key);
         }
@@ -276,6 +284,9 @@ impl Server {
 
     /// Nobody is left, or only seats that rest: closed means closed.
     pub(super) fn drop_if_unused(&mut self, number: u32) {
+        if self.stays(number) {
+            return;
+        }
         let resting = self.databases.get(&number).filter(|_| !planted("the-resting-count"));
         for seat in resting.map(|db| db.close_all_resting()).unwrap_or_default() {
             self.clear_seat(SeatKey { database: number, seat });
@@ -286,6 +297,8 @@ impl Server {
         }
         self.end_checkpoints(number);
         if let Some(db) = self.databases.remove(&number) {
+            self.unwatch(&db.linger);
+            self.lingering.closed(db.identity);
             tracing::info!(database = number, "closed: its last member left");
             if let State::Gated { gate, segment } = db.state {
                 // Processes whose seats rested have it mapped.

@@ -8,6 +8,7 @@ use crate::lock::seat::begins_transaction;
 use crate::lock::{Ask, FileLevel, Request, Verdict};
 use crate::wire::message::{FromBroker, Hello, PROTOCOL_MAGIC, PROTOCOL_VERSION, Role, SeatKey, ToBroker};
 use crate::wire::socket::Packet;
+use std::cell::Cell;
 use std::time::Instant;
 
 impl Server {
@@ -120,6 +121,11 @@ impl Server {
                     db.watch.watched = true;
                 }
                 self.look_for_cycle(seat, Instant::now());
+                Ok(())
+            }
+            ToBroker::Lingers { seat } => {
+                self.own(id, seat)?;
+                self.drop_if_unused(seat.database);
                 Ok(())
             }
             ToBroker::WalGrew { seat } => {
@@ -290,19 +296,27 @@ impl Server {
         {
             let regions = segment.regions();
             let index = segment.wal_index();
-            let alone = || {
-                if !crate::planted::planted("stale-wal-index") {
+            // One that lingers is as its last close left it.
+            let (whole, alone) = (db.is_complete(), Cell::new(false));
+            let found_alone = || {
+                alone.set(true);
+                if !whole && !crate::planted::planted("stale-wal-index") {
                     index.invalidate()
                 }
             };
             // Whoever is opening it at this moment needs no more than that.
-            let opened = (0..1000).any(|_| {
-                let opened = db.lane().with(key.seat, |seat| seat.open_wal_index(alone));
+            let mut opened = (0..1000).any(|_| {
+                let opened = db.lane().with(key.seat, |seat| seat.open_wal_index(found_alone));
                 if !opened {
                     std::thread::yield_now();
                 }
                 opened
             });
+            if alone.get() && whole && db.is_changed() {
+                // Somebody has written to the file: its WAL is not its any more, and nothing can be done about it here.
+                db.lane().with(key.seat, |seat| seat.close_wal_index());
+                opened = false;
+            }
             answer = FromBroker::WalIndex { id: request, regions, ok: opened };
         }
         self.send(session, &answer);

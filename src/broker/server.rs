@@ -3,6 +3,7 @@
 use super::checkpoints::Checkpointer;
 use super::database::{Database, State};
 use super::joining::Forming;
+use super::linger::{self, Lingering};
 use super::listen::{ListenError, Listener};
 use super::liveness;
 use super::session::{Session, Stage};
@@ -10,7 +11,7 @@ use super::waits::{Cycle, WATCH_TICK};
 use crate::wire::message::{FromBroker, HelloAnswer, PROTOCOL_MAGIC, PROTOCOL_VERSION, ToBroker};
 use crate::wire::socket;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{SockFlag, accept4};
 use std::collections::BTreeMap;
@@ -43,6 +44,8 @@ pub struct Options {
     pub allow_unsafe: bool,
     /// The program that checkpoints, run with `checkpointer` as its argument. `None`: members do it themselves.
     pub checkpointer: Option<PathBuf>,
+    /// How long a database stays after its last close, once it was opened again so soon; zero: it does not.
+    pub linger: Duration,
     /// Written one byte and closed once the socket listens.
     pub ready: Option<i32>,
 }
@@ -72,6 +75,7 @@ pub struct Server {
     pub(super) requests: Vec<(u64, ToBroker)>,
     pub(super) cycles: Vec<Cycle>,
     pub(super) checkpointer: Checkpointer,
+    pub(super) lingering: Lingering,
     pub(super) next_session: u64,
     pub(super) next_database: u32,
     pub(super) started: Instant,
@@ -89,6 +93,8 @@ pub fn serve(options: Options) -> Result<(), ServeError> {
     signals.add(Signal::SIGTERM);
     signals.add(Signal::SIGINT);
     signals.thread_block()?;
+    // SAFETY: ignoring a signal runs no code of ours. See `gate::is_open_elsewhere`.
+    unsafe { signal(Signal::SIGIO, SigHandler::SigIgn) }?;
     let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
     let listener = Listener::bind(&options.socket, options.everyone)?;
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
@@ -101,6 +107,7 @@ pub fn serve(options: Options) -> Result<(), ServeError> {
         let _ = nix::unistd::write(&ready, b"+");
     }
     let now = Instant::now();
+    let lingering = Lingering::new(options.linger, &epoll);
     let mut server = Server {
         options,
         listener,
@@ -111,6 +118,7 @@ pub fn serve(options: Options) -> Result<(), ServeError> {
         requests: Vec::new(),
         cycles: Vec::new(),
         checkpointer: Checkpointer::default(),
+        lingering,
         next_session: 1,
         next_database: 1,
         started: now,
@@ -150,6 +158,7 @@ impl Server {
             let now = Instant::now();
             self.try_forming(now);
             self.watch(now);
+            self.end_lingers(now);
             self.settle_all();
             if now.duration_since(self.last_tick) >= TICK {
                 self.last_tick = now;
@@ -169,6 +178,7 @@ impl Server {
                 SIGNALS => self.signalled(signals),
                 CHECKPOINTER_SOCKET => self.checkpointer_event(event.events()),
                 CHECKPOINTER_PIDFD => self.checkpointer_died(),
+                key @ (linger::MOVES | linger::OPENS) => self.file_event(key),
                 key if key % KEYS == 0 => self.socket_event(key / KEYS, event.events()),
                 key => self.session_died(key / KEYS, "its process ended"),
             }
@@ -191,6 +201,9 @@ impl Server {
             at(self.last_tick + TICK);
         } else {
             at(self.last_tick + Duration::from_secs(1));
+        }
+        if let Some(next) = self.next_linger() {
+            at(next);
         }
         if let (Some(since), Some(limit)) = (self.idle_since, self.options.idle_exit) {
             at(since + limit);

@@ -22,13 +22,15 @@ impl Server {
                     }
                 }
                 self.listener.unlink();
+                self.end_all_lingers();
             }
         }
     }
 
     pub(super) fn may_exit(&mut self, now: Instant) -> bool {
         if let Some(since) = self.stopping {
-            let quiet = self.databases.values().all(Database::is_quiet) && self.forming.is_empty();
+            let quiet = |d: &Database| d.is_quiet() && !d.lingers();
+            let quiet = self.databases.values().all(quiet) && self.forming.is_empty();
             if !quiet && now.duration_since(since) < STOP_GRACE {
                 return false;
             }

@@ -5,8 +5,10 @@
 //! linked into this program.
 //!
 //! * [`work`]: one database: its descriptors, its seat. [`vfs`]: how SQLite sees them. [`job`]: one checkpoint.
+//!   [`settle`]: the end of a database that lingers.
 
 mod job;
+mod settle;
 mod vfs;
 mod work;
 
@@ -28,6 +30,7 @@ use turnstile::wire::socket::{self, Packet};
 enum Order {
     Wal(OwnedFd),
     Checkpoint,
+    Settle,
 }
 
 /// A database's thread. It ends when it is told nothing more.
@@ -106,10 +109,13 @@ fn obey(broker: &Arc<Broker>, workers: &mut BTreeMap<Database, Worker>, packet: 
             let wal = packet.fds.into_iter().next().ok_or(io::ErrorKind::InvalidData)?;
             tell(database, Order::Wal(wal));
         }
-        ToCheckpointer::Checkpoint { database } => match workers.contains_key(&database) {
-            true => tell(database, Order::Checkpoint),
-            false => broker.send(&FromCheckpointer::Done { database, outcome: Outcome::Nothing }),
-        },
+        ToCheckpointer::Checkpoint { database } | ToCheckpointer::Settle { database }
+            if !workers.contains_key(&database) =>
+        {
+            broker.send(&FromCheckpointer::Done { database, outcome: Outcome::Nothing })
+        }
+        ToCheckpointer::Checkpoint { database } => tell(database, Order::Checkpoint),
+        ToCheckpointer::Settle { database } => tell(database, Order::Settle),
         // Its thread ends by itself.
         ToCheckpointer::Forget { database } => drop(workers.remove(&database)),
     }
@@ -121,10 +127,12 @@ fn work_on(work: Work, told: Receiver<Order>) {
     for order in told {
         match order {
             Order::Wal(wal) => job.take_wal(wal),
-            Order::Checkpoint => {
-                let outcome = job.checkpoint();
-                work.broker.send(&FromCheckpointer::Done { database: work.number, outcome });
-            }
+            Order::Checkpoint => done(&work, job.checkpoint()),
+            Order::Settle => done(&work, work.settle()),
         }
     }
+}
+
+fn done(work: &Work, outcome: Outcome) {
+    work.broker.send(&FromCheckpointer::Done { database: work.number, outcome });
 }

@@ -145,6 +145,10 @@ impl Work {
         }
     }
 
+    pub fn table(&self) -> Table<'_> {
+        Table::of(self.control())
+    }
+
     pub fn words(&self) -> &CheckpointWords {
         &self.control().checkpoint.0
     }
@@ -173,7 +177,7 @@ impl Work {
     }
 
     fn with<T>(&self, body: impl FnOnce(&Seat) -> T) -> T {
-        let table = Table::of(self.control());
+        let table = self.table();
         let thread = nix::unistd::gettid().as_raw() as u32;
         let connection = u64::MAX;
         body(&Seat { table, id: CHECKPOINTER, own: &self.own, parking: &*self.broker, thread, connection })
@@ -181,7 +185,7 @@ impl Work {
 
     /// Somebody wants the file for itself, or nothing here may be used any more: the checkpoint ends.
     pub fn interrupted(&self) -> bool {
-        let table = Table::of(self.control());
+        let table = self.table();
         let wanted = table.pending().or(table.exclusive()).is_some_and(|seat| seat != CHECKPOINTER);
         wanted && !planted("checkpoint-goes-on")
             || self.control.poisoned()
@@ -206,8 +210,11 @@ impl Work {
                 // Nobody's truth then, and the first to read recovers it; there is nothing to do here.
                 self.with(|seat| {
                     seat.open_wal_index(|| {
-                        self.index().invalidate();
-                        alone = true;
+                        // Unless it lingers: then it is as its last close left it.
+                        alone = !self.table().is_complete(self.words(), self.index());
+                        if alone {
+                            self.index().invalidate();
+                        }
                     })
                 }) || {
                     std::thread::yield_now();
@@ -281,7 +288,7 @@ impl Work {
 
     /// The WAL is the one that the index describes, and has all the frames that the index says it has. Asked with
     /// the checkpoint lock held: nobody truncates it then.
-    fn verify(&self) -> Result<(), Refused> {
+    pub fn verify(&self) -> Result<(), Refused> {
         let wal = self.wal.borrow();
         let wal = wal.as_ref().ok_or(Refused::Stale)?;
         loop {

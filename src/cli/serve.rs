@@ -26,6 +26,11 @@ pub struct ServeArgs {
     /// Leave checkpoints to the programs, as SQLite does.
     #[arg(long)]
     no_checkpointer: bool,
+    /// How long a database that is opened again and again by short-lived programs stays here after a last close (for
+    /// example 2s), so that the next one need not set it up anew. A plain SQLite client that opens it meanwhile may
+    /// have to wait for some milliseconds. 0s: never.
+    #[arg(long, value_name = "TIME", value_parser = parse_time, default_value = "500ms")]
+    linger: std::time::Duration,
     /// Write one byte to this descriptor once the socket listens.
     #[arg(long, value_name = "FD", hide = true)]
     ready_fd: Option<i32>,
@@ -63,6 +68,7 @@ pub fn run(args: ServeArgs) -> ExitCode {
         idle_exit: args.idle_exit,
         allow_unsafe: args.allow_unsafe_filesystems,
         checkpointer: (!args.no_checkpointer).then(|| PathBuf::from("/proc/self/exe")),
+        linger: args.linger,
         ready: args.ready_fd,
     };
     match serve(options) {

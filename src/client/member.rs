@@ -235,19 +235,22 @@ impl Member {
         self.with_seat(|_, seat| seat.went_elsewhere()).unwrap_or(false)
     }
 
-    /// Opens the wal-index; it is invalidated first if nobody else has it open.
-    pub fn open_wal_index(&self) -> Result<(), Lost> {
+    /// The connection is being closed. True: nobody else keeps the WAL open.
+    pub fn closes_last(&self) -> bool {
+        self.with_seat(|_, seat| seat.table.closes_last(seat.id)).unwrap_or(false)
+    }
+
+    /// Opens the wal-index. On the fast lane `alone` is called if nobody else has it open, and says whether it can be
+    /// used; else the broker sees to it. False: it cannot, and is not open.
+    pub fn open_wal_index(&self, alone: impl Fn(WalIndex) -> bool) -> Result<bool, Lost> {
         if self.fast.is_some() {
             let region0 = self.shared.as_ref().ok_or(Lost)?.region(0).map_err(|_| Lost)?;
             // SAFETY: the first region stays mapped as long as `shared` is.
             let index = unsafe { WalIndex::new(region0) };
             let end = Instant::now() + Duration::from_secs(10);
-            let alone = || {
-                if !planted("stale-wal-index") {
-                    index.invalidate()
-                }
-            };
+            let usable = Cell::new(true);
             let mut tries = 0;
+            let alone = || usable.set(alone(index));
             while !self.with_seat(|_, seat| seat.open_wal_index(alone)).unwrap_or(true) {
                 if Instant::now() >= end {
                     return Err(Lost);
@@ -259,11 +262,14 @@ impl Member {
                     _ => std::thread::sleep(Duration::from_millis(1)),
                 }
             }
-            return Ok(());
+            if !usable.get() {
+                self.close_wal_index()?;
+            }
+            return Ok(usable.get());
         }
         let id = self.session().new_id();
         let seat = self.joined.seat;
-        self.wal_index(id, ToBroker::OpenWalIndex { id, seat })?.map(drop).ok_or(Lost)
+        Ok(self.wal_index(id, ToBroker::OpenWalIndex { id, seat })?.is_some())
     }
 
     pub fn close_wal_index(&self) -> Result<(), Lost> {
@@ -305,6 +311,7 @@ impl Member {
         if let Some(words) = words.filter(|w| w.duty.load(SeqCst) != 0 && w.wal_inode.load(SeqCst) != inode) {
             let message = ToBroker::WalFile { seat: self.joined.seat };
             if self.session().send(&message, &[fd.as_raw_fd()]).is_ok() {
+                words.wal_linked.store(0, SeqCst);
                 words.wal_inode.store(inode, SeqCst);
             }
         }

@@ -14,6 +14,7 @@ use crate::segment::hold;
 use crate::segment::layout::{CheckpointWords, REGION_SIZE, WAL_INDEX_SIZE};
 use crate::segment::mapping::ControlMap;
 use crate::segment::memfd;
+use crate::segment::wal_index::{WalIndex, page_number_at};
 use crate::wire::message::Role;
 use memmap2::{MmapOptions, MmapRaw};
 use std::collections::BTreeMap;
@@ -196,6 +197,21 @@ impl Shared {
         let offset = (region % REGIONS_PER_CHUNK) as usize * REGION_SIZE;
         // SAFETY: the offset is inside the chunk.
         Ok(unsafe { map.as_mut_ptr().add(offset) })
+    }
+
+    /// The wal-index's head.
+    pub fn wal_index(&self) -> Option<WalIndex> {
+        // SAFETY: the first region stays mapped as long as self, whom the value does not outlive.
+        self.region(0).ok().map(|region| unsafe { WalIndex::new(region) })
+    }
+
+    /// The page that a frame of the WAL holds, as the wal-index says.
+    pub fn page_of(&self, frame: u32) -> Option<u32> {
+        let (region, word) = page_number_at(frame);
+        let address = self.region(region).ok().filter(|_| region < self.regions())?;
+        // SAFETY: a word of a mapped region, which others write at any time.
+        let word = unsafe { &*address.cast::<std::sync::atomic::AtomicU32>().add(word) };
+        Some(word.load(Relaxed))
     }
 
     /// Keeps a descriptor of the database until the gate is given up.

@@ -164,6 +164,14 @@ impl<'a> Commits<'a> {
         self.issued().generation.load(SeqCst)
     }
 
+    /// Everything in a WAL with these salts, up to this length, is on the disk.
+    pub fn cover(&self, salts: u64, length: u64) -> bool {
+        let newest = self.newest();
+        let end = Place::from_word(self.place(newest)[1].load(SeqCst));
+        let counted = newest != 0 && self.salts() == salts && self.durable() == newest;
+        counted && end == Place { generation: self.generation(), length }
+    }
+
     /// A commit is being made that is not counted here. To be called under WRITE.
     pub fn lose_count(&self) {
         self.issued().salts.store(0, SeqCst);

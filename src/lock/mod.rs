@@ -6,12 +6,13 @@
 //! * [`table`]: the locks themselves, SQLite's four file locks and eight wal-index slots; [`hints`] for it.
 //! * [`turn`]: the right to be the database's one writer, and the line for it.
 //! * [`rules`]: what a request means: at once, wait, or BUSY. [`seat`]: giving back; when a turn ends.
-//! * [`rest`]: seats without a connection, which their processes keep for the next.
+//! * [`rest`]: seats without a connection, which their processes keep for the next. [`last`]: the last close.
 //! * [`commits`]: durable commits that share one sync. [`learned`]: what statements have shown of themselves.
 //! * [`queue`]: the socket lane's requests, and what a death leaves behind. [`unused`]: turns that nobody uses.
 
 pub mod commits;
 pub mod hints;
+pub mod last;
 pub mod learned;
 pub mod park;
 pub mod queue;

@@ -197,7 +197,7 @@ impl<'a> Lane<'a> {
             words.connection.store(0, SeqCst);
         }
         table.members.clear(id);
-        table.give_out_again(id);
+        table.take_back(id);
         // It may have died among the sleepers that it was waking, or between marking a seat as woken and waking it.
         if planted("dead-waker-forgotten") {
             return wake_sleepers(table, self.parking);

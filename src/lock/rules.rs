@@ -159,6 +159,7 @@ impl Seat<'_> {
         }
         if !t.read_by_others(self.id) {
             file.exclusive.store(self.id, SeqCst);
+            t.forget_copied();
             return self.granted(false);
         }
         if t.reserved() == Some(self.id) || hot_journal || planted("exclusive-mode-waits") {
@@ -194,6 +195,9 @@ impl Seat<'_> {
         let Some(mask) = slots.mask() else { return BUSY };
         if !slots.is_write() {
             if self.table.try_slots_exclusive(self.id, mask) {
+                if slots.is_checkpoint() {
+                    self.table.forget_copied();
+                }
                 return self.granted(false);
             }
             // An application's own checkpoint would be BUSY at once, beside one that ends by itself.

@@ -329,7 +329,7 @@ impl<'a> Seat<'a> {
     }
 
     pub fn close_wal_index(&self) {
-        self.table.set_wal_open(self.id, false);
+        self.table.closed(self.id);
     }
 
     /// Whether another seat holds RESERVED: the RESERVED word alone. PENDING means a reader takes a half-written

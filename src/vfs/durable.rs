@@ -67,17 +67,18 @@ impl MainFile {
             return false;
         };
         let flags = if self.sync_flags == 0 { ffi::SQLITE_SYNC_NORMAL } else { self.sync_flags };
-        let Some(commits) = shared.commits() else { return wal.sync(flags) == ffi::SQLITE_OK };
+        let words = shared.checkpoint();
+        let Some(commits) = shared.commits() else { return wal.sync(flags, words) == ffi::SQLITE_OK };
         if shared.table().is_none() {
             // It may only read the segment: a sync of its own, which it cannot share.
             return commits.durable() >= awaited.number && !commits.is_lost(awaited)
-                || wal.sync(flags) == ffi::SQLITE_OK;
+                || wal.sync(flags, words) == ffi::SQLITE_OK;
         }
         let durable = commits.wait(awaited, || {
             if planted("stopped-while-leading") {
                 let _ = nix::sys::signal::raise(nix::sys::signal::SIGSTOP);
             }
-            wal.sync(flags) == ffi::SQLITE_OK
+            wal.sync(flags, words) == ffi::SQLITE_OK
         });
         if !durable {
             self.repair();

@@ -1,5 +1,6 @@
 //! `xLock`, `xUnlock`, `xCheckReservedLock`: the file locks, gated and in guest mode.
 
+use super::last_close::RealFile;
 use super::main_file::MainFile;
 use super::methods::real;
 use super::wrapped::{Kind, Wrapped};
@@ -18,8 +19,13 @@ pub fn lock(file: File, w: &mut Wrapped, level: FileLevel) -> c_int {
     if w.inherited() {
         return ffi::SQLITE_IOERR_LOCK;
     }
+    let real = RealFile { file, methods: w.real };
     let Kind::Main(main) = &mut w.kind else { return ffi::SQLITE_MISUSE };
     if main.gated().is_some() {
+        let closes = std::mem::take(&mut main.closing) && level == FileLevel::Exclusive;
+        if closes && main.level == FileLevel::Shared && main.wal_open && main.lingers(real) {
+            return ffi::SQLITE_BUSY;
+        }
         return gated(main, level);
     }
     let guest = main.guest().is_some() && level > main.level;

@@ -5,7 +5,7 @@ use super::api::Library;
 use super::note::Note;
 use super::statement::Connection;
 use super::waiting::{Rerun, Vain};
-use super::wal::WalFile;
+use super::wal_file::WalFile;
 use crate::client::activity::Activity;
 use crate::client::config::Config;
 use crate::client::fork;
@@ -49,6 +49,8 @@ pub struct MainFile {
     pub level: FileLevel,
     pub shared_slots: u8,
     pub exclusive_slots: u8,
+    /// The last thing asked for was whether the file has moved: so a close begins.
+    pub closing: bool,
     /// Between the first `xShmMap` and `xShmUnmap`.
     pub wal_open: bool,
     pub wal_index: Option<WalIndex>,
@@ -124,6 +126,7 @@ impl MainFile {
             level: FileLevel::None,
             shared_slots: 0,
             exclusive_slots: 0,
+            closing: false,
             wal_open: false,
             wal_index: None,
             guest_regions: Vec::new(),

@@ -204,6 +204,9 @@ unsafe extern "C" fn write(file: File, from: *const c_void, amount: c_int, offse
         if !may_change(w) {
             return ffi::SQLITE_IOERR_WRITE;
         }
+        if let Kind::Companion { wal: Some(writes), .. } = &mut w.kind {
+            writes.make_room((offset + i64::from(amount)) as u64);
+        }
         let rc = real!(w, xWrite, ffi::SQLITE_IOERR_WRITE, file, from, amount, offset);
         if let (ffi::SQLITE_OK, Kind::Companion { wal: Some(writes), .. }) = (rc, &mut w.kind) {
             // SAFETY: xWrite's own arguments.

@@ -3,7 +3,7 @@
 //! * [`entry`]: the extension's entry points. [`api`]: SQLite's routines, one set a library. [`adopt`]:
 //!   connections that are already open.
 //! * [`open`]: `xOpen`, `xDelete`. [`join`]: from an open file to a seat. [`wrapped`]: our methods over a file's.
-//! * [`methods`]: the C callbacks. [`locks`], [`shm`], [`control`]: what they mean. [`main_file`]: one
+//! * [`methods`]: the C callbacks. [`locks`], [`shm`], [`control`]: what they mean. [`last_close`]: the one that copies the WAL back. [`main_file`]: one
 //!   connection's state. [`statement`]: what the connection is doing. [`timeouts`]: what it was told. [`waiting`]:
 //!   how long its statement waits.
 
@@ -15,6 +15,7 @@ mod control;
 mod durable;
 pub mod entry;
 mod join;
+mod last_close;
 mod locks;
 mod main_file;
 mod methods;
@@ -26,4 +27,5 @@ mod statement;
 mod timeouts;
 mod waiting;
 mod wal;
+mod wal_file;
 mod wrapped;

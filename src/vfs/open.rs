@@ -5,7 +5,8 @@ use super::api::Library;
 use super::join;
 use super::main_file::{MainFile, Service};
 use super::methods::guarded;
-use super::wal::{self, WalWrites};
+use super::wal::WalWrites;
+use super::wal_file::WalFile;
 use super::wrapped::{Kind, Wrapped, descriptor};
 use crate::client::config::{Config, FOR_ONE_DATABASE};
 use crate::client::fork::PerProcess;
@@ -259,19 +260,20 @@ fn opened_companion(name: *const c_char, file: File, flags: c_int) {
     let main = unsafe { &mut *owner.main };
     let wal = flags & ffi::SQLITE_OPEN_WAL != 0;
     let wal_of = main.gated().filter(|_| wal).and_then(|m| m.shared().cloned());
-    if let Some(member) = main.gated().filter(|_| wal) {
+    let wal = main.gated().filter(|_| wal).map(|member| {
         // SAFETY: SQLite's name for its WAL, which it has just opened.
         let path = Path::new(std::ffi::OsStr::from_bytes(unsafe { CStr::from_ptr(name) }.to_bytes()));
         // SAFETY: just opened by the unix VFS of that library.
-        if let Some(fd) = unsafe { descriptor(file, main.library.unix, path) }
-            && let Ok(st) = nix::sys::stat::fstat(fd)
-        {
-            member.wal_opened(fd, st.st_ino);
+        let fd = unsafe { descriptor(file, main.library.unix, path) };
+        let named = fd.and_then(|fd| Some((fd, nix::sys::stat::fstat(fd).ok()?.st_ino)));
+        if let Some((fd, inode)) = named {
+            member.wal_opened(fd, inode);
         }
-    }
-    let wal = wal_of.is_some().then(|| {
         // SAFETY: just opened by the unix VFS.
-        wal::wal_opened(file, unsafe { (*file).pMethods }, main);
+        WalFile::new(file, unsafe { (*file).pMethods }, named)
+    });
+    let wal = wal.map(|wal| {
+        main.wal_file = Some(wal);
         WalWrites::new(owner.main)
     });
     // SAFETY: just opened by the unix VFS.

@@ -2,6 +2,7 @@
 //! [`super::durable`]).
 
 use super::main_file::MainFile;
+use super::wal_file::WalFile;
 use super::wrapped::{Kind, Wrapped};
 use crate::lock::commits::{Commits, Place};
 use crate::lock::slot;
@@ -12,38 +13,6 @@ use libsqlite3_sys as ffi;
 use std::ffi::{c_int, c_void};
 
 type File = *mut ffi::sqlite3_file;
-
-/// A connection's WAL while it is open, where its [`MainFile`] finds it.
-#[derive(Clone, Copy)]
-pub struct WalFile {
-    file: File,
-    real: *const ffi::sqlite3_io_methods,
-}
-
-impl std::fmt::Debug for WalFile {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("WalFile")
-    }
-}
-
-impl WalFile {
-    pub(super) fn sync(self, flags: c_int) -> c_int {
-        // SAFETY: the unix VFS's own method on its own file, which is open: closing it takes it out of the MainFile.
-        unsafe { (*self.real).xSync.map_or(ffi::SQLITE_IOERR_FSYNC, |f| f(self.file, flags)) }
-    }
-
-    pub(super) fn truncate(self, length: u64) -> c_int {
-        // SAFETY: as above.
-        unsafe { (*self.real).xTruncate.map_or(ffi::SQLITE_IOERR_TRUNCATE, |f| f(self.file, length as i64)) }
-    }
-
-    /// Writing some bytes never harms those beside them.
-    fn is_powersafe(self) -> bool {
-        // SAFETY: as above.
-        let has = unsafe { (*self.real).xDeviceCharacteristics.map_or(0, |f| f(self.file)) };
-        has & ffi::SQLITE_IOCAP_POWERSAFE_OVERWRITE != 0
-    }
-}
 
 /// What has been written to a WAL since its last sync.
 #[derive(Debug)]
@@ -57,12 +26,14 @@ pub struct WalWrites {
     commit: Option<u64>,
     /// Size of the last page.
     page: u64,
+    /// The file is at least so long.
+    length: u64,
 }
 
 impl WalWrites {
     /// `owner` is the database's state, which outlives the WAL's: SQLite closes the WAL first.
     pub fn new(owner: *mut MainFile) -> WalWrites {
-        WalWrites { owner, header: None, salts: [0; 8], commit: None, page: 0 }
+        WalWrites { owner, header: None, salts: [0; 8], commit: None, page: 0, length: 0 }
     }
 
     /// The database's state.
@@ -72,6 +43,20 @@ impl WalWrites {
     unsafe fn owner<'a>(&self) -> &'a mut MainFile {
         // SAFETY: by contract and that of `new`.
         unsafe { &mut *self.owner }
+    }
+
+    /// A write up to `end` is about to be made.
+    pub fn make_room(&mut self, end: u64) {
+        if end > self.length {
+            // SAFETY: SQLite is in a call for the WAL.
+            let main = unsafe { self.owner() };
+            let commits = main.gated().and_then(|m| m.shared()).and_then(|s| s.commits());
+            // Commits are synced here: each generation's header is counted once.
+            let durable = commits.is_some_and(|c| c.newest() > c.generation());
+            if let Some(wal) = main.wal_file.filter(|_| durable && !planted("wal-grows-by-frames")) {
+                self.length = wal.make_room(end);
+            }
+        }
     }
 
     /// A write that went well: a header, a frame's header, or a frame's page.
@@ -88,12 +73,7 @@ impl WalWrites {
     }
 }
 
-/// The WAL has been opened.
-pub fn wal_opened(file: File, real: *const ffi::sqlite3_io_methods, main: &mut MainFile) {
-    main.wal_file = Some(WalFile { file, real });
-}
-
-/// It is about to close.
+/// The WAL is about to close.
 pub fn wal_closes(writes: &WalWrites) {
     // SAFETY: SQLite is in a call for the WAL.
     unsafe { writes.owner() }.wal_file = None;
@@ -113,18 +93,22 @@ pub fn may_write_wal(writes: &WalWrites) -> bool {
 
 /// `xSync` of a WAL.
 pub fn sync_wal(w: &mut Wrapped, file: File, flags: c_int) -> c_int {
-    let wal = WalFile { file, real: w.real };
-    let Kind::Companion { wal: Some(writes), .. } = &mut w.kind else { return wal.sync(flags) };
+    let unnamed = WalFile::new(file, w.real, None);
+    let Kind::Companion { wal: Some(writes), .. } = &mut w.kind else { return unnamed.sync(flags, None) };
     let (header, frame) = (writes.header.take(), writes.commit.take());
     // SAFETY: SQLite is in a call for the WAL.
     let main = unsafe { writes.owner() };
+    let wal = main.wal_file.unwrap_or(unnamed);
     let shared = main.gated().filter(|m| m.role() == Role::ReadWrite).and_then(|m| m.shared().cloned());
-    let Some(commits) = shared.as_ref().and_then(|s| s.commits()) else { return wal.sync(flags) };
+    let Some(commits) = shared.as_ref().and_then(|s| s.commits()) else {
+        return wal.sync(flags, None);
+    };
+    let words = shared.as_ref().and_then(|s| s.checkpoint());
     let checkpoints = main.owns(slot::CHECKPOINT);
     if !checkpoints && !main.owns(slot::WRITE) {
         // locking_mode=EXCLUSIVE: its commits are not counted, and no lock of the wal-index is taken for them.
         commits.lose_count();
-        return wal.sync(flags);
+        return wal.sync(flags, words);
     }
     let commit = frame.filter(|_| !checkpoints).and_then(|at| Commit::of(main, writes, at));
     if let Some(commit) = commit.filter(|c| header.is_none() && commits.salts() == c.salts && c.salts != 0)
@@ -138,7 +122,7 @@ pub fn sync_wal(w: &mut Wrapped, file: File, flags: c_int) -> c_int {
     }
     let sync = commits.begin();
     if !(planted("checkpoint-without-wal-sync") && checkpoints) {
-        let rc = wal.sync(flags);
+        let rc = wal.sync(flags, words);
         if rc != ffi::SQLITE_OK {
             commits.fail(sync);
             main.repair();

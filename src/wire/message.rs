@@ -134,6 +134,10 @@ pub enum ToBroker {
     WalGrew {
         seat: SeatKey,
     },
+    /// The seat rests and no other one is in use: the database lingers. Not answered.
+    Lingers {
+        seat: SeatKey,
+    },
 }
 
 /// A seat as the wire names it: the database's number at this broker and the seat's in it.

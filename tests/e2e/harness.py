@@ -760,6 +760,12 @@ def slow(function):
     return function
 
 
+def waits(function):
+    """Of a test that mostly waits: it is run beside the others."""
+    function.waits = True
+    return function
+
+
 def fails_without(rule, attempts=1, message=None):
     """The test must pass, and it must fail in the build where `rule` is switched off (see `src/planted.rs`).
 

@@ -1,4 +1,5 @@
-"""Runs the end-to-end tests: one at a time, each in a process of its own with a hard limit.
+"""Runs the end-to-end tests: one at a time, each in a process of its own with a hard limit. Those that mostly wait
+(`harness.waits`) are run beside the others, by another process of this program.
 
 Collects the functions `test_*` (and methods of `unittest.TestCase`s) of `tests/e2e/test_*.py`, prints a line per
 test, the output of those that fail, and what was skipped and why. `--summary FILE` writes the counts as JSON.
@@ -77,12 +78,15 @@ def adopt_orphans():
     ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
 
 
-def end_orphans():
-    """Ends everything that the last test has left, level by level, and returns how many processes that were."""
+def end_orphans(beside):
+    """Ends everything that the last test has left, level by level, and returns how many processes that were.
+
+    `beside`: the process of this program that runs other tests.
+    """
     ended = 0
     for _ in range(50):
         with open(f"/proc/self/task/{os.getpid()}/children") as f:
-            children = [int(p) for p in f.read().split()]
+            children = [int(p) for p in f.read().split() if int(p) != beside]
         if not children:
             break
         for pid in children:
@@ -95,7 +99,7 @@ def end_orphans():
     return ended
 
 
-def run_child(path, name, limit):
+def run_child(path, name, limit, beside):
     """Runs one test and returns (exit status or None for a timeout, its output)."""
     with tempfile.TemporaryFile() as output:
         env = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -116,9 +120,60 @@ def run_child(path, name, limit):
             except ProcessLookupError:
                 pass
             child.wait(20)
-        end_orphans()
+        end_orphans(beside)
         output.seek(0)
         return status, output.read().decode(errors="replace")
+
+
+class Waiting:
+    """The tests that mostly wait, in a process of their own."""
+
+    def __init__(self, options):
+        self.summary = tempfile.NamedTemporaryFile(prefix="summary-")
+        self.output = tempfile.TemporaryFile()
+        command = [sys.executable, os.path.abspath(__file__), "--waiting", "only", "--summary", self.summary.name]
+        if options.only:
+            command += ["--only", options.only]
+        if options.quick:
+            command.append("--quick")
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self.output, stderr=self.output,
+                                        start_new_session=True)
+        self.pid = self.process.pid
+
+    def add_to(self, counts):
+        self.process.wait()
+        self.output.seek(0)
+        print(self.output.read().decode(errors="replace"), end="", flush=True)
+        try:
+            with open(self.summary.name) as f:
+                for key, value in json.load(f).items():
+                    counts[key] += value
+        except ValueError:
+            counts["failed"] += 1
+            counts["failures"].append(f"the tests that wait ended with {self.process.returncode}")
+
+
+def run_and_count(path, name, function, full, options, counts, waiting):
+    if options.quick and getattr(function, "slow", False):
+        counts["skipped"].append([full, "slow (--quick)"])
+        return
+    limit = limit_of(function)
+    started = time.monotonic()
+    status, output = run_child(path, name, limit, waiting.pid if waiting else None)
+    took = f"{time.monotonic() - started:6.1f} s  {full}"
+    if status == 0:
+        counts["passed"] += 1
+        print(f"ok       {took}", flush=True)
+    elif status == SKIPPED:
+        reason = output.rpartition("\nskipped: ")[2].strip() or "no reason given"
+        counts["skipped"].append([full, reason])
+        print(f"skipped  {took}: {reason}", flush=True)
+    else:
+        counts["failed"] += 1
+        counts["failures"].append(full)
+        why = (f"no end within {limit} s" if status is None
+               else harness.ending(status) if status != 1 else "failed")
+        print(f"FAILED   {took}: {why}\n{harness.tail(output, OUTPUT_LINES)}\n", flush=True)
 
 
 def main():
@@ -127,6 +182,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="leave out the tests marked slow")
     parser.add_argument("--list", action="store_true", help="print the names")
     parser.add_argument("--summary", metavar="FILE", help="write the counts to FILE, as JSON")
+    parser.add_argument("--waiting", choices=["beside", "only"], default="beside", help=argparse.SUPPRESS)
     parser.add_argument("--one", nargs=2, metavar=("FILE", "NAME"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -135,16 +191,17 @@ def main():
     if not options.list and not os.path.exists(os.path.join(harness.planted_target(), "libturnstile.so")):
         print("no planted build: that tests fail without the rule they test is not checked", flush=True)
     adopt_orphans()
-    counts = {"passed": 0, "failed": 0, "skipped": []}
-    failures = []
+    waiting = Waiting(options) if options.waiting == "beside" and not options.list else None
+    counts = {"passed": 0, "failed": 0, "skipped": [], "failures": []}
     for path in sorted(glob.glob(os.path.join(harness.HERE, "test_*.py"))):
         label = os.path.basename(path)[:-3]
         try:
             tests = tests_of(path)
         except BaseException:
-            counts["failed"] += 1
-            failures.append(label)
-            print(f"FAILED   {label} cannot be imported\n{traceback.format_exc()}", flush=True)
+            if options.waiting != "only":
+                counts["failed"] += 1
+                counts["failures"].append(label)
+                print(f"FAILED   {label} cannot be imported\n{traceback.format_exc()}", flush=True)
             continue
         for name, function in tests:
             full = f"{label}.{name}"
@@ -152,27 +209,11 @@ def main():
                 continue
             if options.list:
                 print(full)
-                continue
-            if options.quick and getattr(function, "slow", False):
-                counts["skipped"].append([full, "slow (--quick)"])
-                continue
-            limit = limit_of(function)
-            started = time.monotonic()
-            status, output = run_child(path, name, limit)
-            took = f"{time.monotonic() - started:6.1f} s  {full}"
-            if status == 0:
-                counts["passed"] += 1
-                print(f"ok       {took}", flush=True)
-            elif status == SKIPPED:
-                reason = output.rpartition("\nskipped: ")[2].strip() or "no reason given"
-                counts["skipped"].append([full, reason])
-                print(f"skipped  {took}: {reason}", flush=True)
-            else:
-                counts["failed"] += 1
-                failures.append(full)
-                why = (f"no end within {limit} s" if status is None
-                       else harness.ending(status) if status != 1 else "failed")
-                print(f"FAILED   {took}: {why}\n{harness.tail(output, OUTPUT_LINES)}\n", flush=True)
+            elif getattr(function, "waits", False) == (options.waiting == "only"):
+                run_and_count(path, name, function, full, options, counts, waiting)
+    if waiting:
+        waiting.add_to(counts)
+    failures = counts["failures"]
     if failures:
         print("failed:\n" + "\n".join(f"  {f}" for f in failures), flush=True)
     if options.summary:

@@ -14,7 +14,7 @@ import threading
 import time
 
 from harness import (PYTHON, Broker, Skip, bin, connect, create, ending, lib, plain, run, slow, tail,
-                     timeout, wait_until)
+                     timeout, wait_until, waits)
 from test_bad_input import (BUSY, HOST, NOBODY, check_count, directory, environment, host, owned_by, refused,
                             root_only, says)
 
@@ -264,6 +264,7 @@ def test_a_long_runtime_directory():
         check_count(db, 2)
 
 
+@waits
 def test_a_program_that_does_not_become_a_broker():
     """An error within its time, and the connection stays as it was."""
     with World() as world:

@@ -12,7 +12,7 @@ import textwrap
 import threading
 
 from harness import (PYTHON, SHELL, Broker, Skip, connect, create, ending, fails_without, lib, plain, plain_env, run,
-                     timeout)
+                     timeout, waits)
 
 BUSY, CANTOPEN, NOTADB, READONLY, CORRUPT = 5, 14, 26, 8, 11
 NOBODY = 54321  # a uid that has no user
@@ -334,6 +334,7 @@ def test_another_version_of_the_protocol():
                 stranger.close()
 
 
+@waits
 def test_something_else_listens_on_the_socket():
     """Nothing that a stranger does may hang the host for ever, or bring it down."""
     with directory() as d, contextlib.ExitStack() as strangers:

@@ -8,7 +8,7 @@ import sqlite3
 import time
 
 from harness import (Broker, SHELL, Record, Workers, acknowledged, check_rows, create, fails_without, lib,
-                     plain, run, timeout, wait_until)
+                     plain, run, timeout, wait_until, waits)
 
 FRAME = 4096 + 24
 # See LIMIT in src/checkpointer/job.rs: frames from which readers are waited for, in a turn, ever longer.
@@ -250,6 +250,7 @@ def stop_in_turn(broker, path, seconds=20):
     raise AssertionError("the checkpointer was never seen with the turn")
 
 
+@waits
 @fails_without("dead-checkpointer-keeps-locks")
 @timeout(90)
 def test_a_killed_checkpointer_is_replaced():
@@ -269,6 +270,7 @@ def test_a_killed_checkpointer_is_replaced():
         check_rows(path, broker.record)
 
 
+@waits
 @fails_without("given-up-in-silence")
 @timeout(90)
 def test_members_checkpoint_when_the_checkpointer_keeps_dying():
@@ -291,6 +293,7 @@ def test_members_checkpoint_when_the_checkpointer_keeps_dying():
         check_rows(path, broker.record)
 
 
+@waits
 @fails_without("gone-broker-trusted")
 @timeout(90)
 def test_automatic_checkpoints_come_back_when_the_broker_is_gone():
@@ -344,6 +347,7 @@ def test_a_copy_right_after_the_last_close_is_complete():
         check_rows(path, broker.record)
 
 
+@waits
 @fails_without("short-wal-copied")
 def test_a_wal_shorter_than_its_index_says_is_refused():
     with Broker() as broker:

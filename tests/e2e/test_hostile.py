@@ -8,7 +8,8 @@ import socket
 import sqlite3
 import tempfile
 
-from harness import (Broker, Workers, bin, check_rows, connect, create, is_busy, plain, run, slow, timeout, wait_until)
+from harness import (Broker, Workers, bin, check_rows, connect, create, is_busy, plain, run, slow, timeout, wait_until,
+                     waits)
 from test_gate import JOINED, REFUSED, Wire, varint
 
 # The messages by their number, in the order of src/wire/message.rs.
@@ -259,6 +260,7 @@ def test_five_hundred_connections_at_once_disturb_nobody():
             wait_until(lambda: descriptors(broker) <= before, what=f"{descriptors(broker)} descriptors to be {before}")
 
 
+@waits
 @slow
 @timeout(60)
 def test_a_client_that_does_not_introduce_itself_is_dropped():

@@ -105,6 +105,16 @@ def test_a_checkpoint_copies_only_what_is_synced():
     survives("wal-normal-3")
 
 
+@fails_without("settled-before-synced", message="VIOLATION")
+def test_the_wal_of_a_database_that_lingered_is_emptied_when_the_database_is_synced():
+    survives("wal-full-short-1")
+
+
+@fails_without("last-close-copies-unsynced", message="VIOLATION")
+def test_a_last_close_copies_only_what_is_synced():
+    survives("wal-normal-short-1")
+
+
 def insert_until_failed(w):
     """Inserts rows; what fails is counted by its name, and not acknowledged."""
     db = w.connect()

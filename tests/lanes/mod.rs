@@ -186,7 +186,7 @@ impl Bench {
 
     /// Runs `body` as the seat.
     pub fn with<T>(&self, id: SeatId, body: impl FnOnce(&Seat) -> T) -> T {
-        self.table().members.set(id);
+        self.table().hand_out(id);
         if self.is_brokered(id) {
             return self.lane(|lane| lane.with(id, body));
         }
@@ -199,7 +199,7 @@ impl Bench {
     pub fn submit(&self, id: SeatId, ask: Ask) -> Option<Verdict> {
         assert!(!self.is_waiting(id), "seat {id} asks while it waits");
         if self.is_brokered(id) {
-            self.table().members.set(id);
+            self.table().hand_out(id);
             let (thread, connection) = asker(id);
             return self.lane(|lane| lane.submit(id, ask, (connection, thread)));
         }

@@ -17,6 +17,7 @@ import os
 import random
 import sqlite3
 import subprocess
+import time
 
 import recording
 
@@ -29,8 +30,8 @@ WORKERS = 8
 # durable: an acknowledged transaction survives. With journal_mode=DELETE this needs synchronous=EXTRA: at FULL the
 # directory is not synced after the journal was removed, it may be back, and the transaction be rolled back.
 Workload = collections.namedtuple(
-    "Workload", "name brokered journal synchronous writers readers durable files reopen kill page auto_vacuum mode broker faults",
-    defaults=("app.db", 0, False, 1024, 0, None, None, ()))
+    "Workload", "name brokered journal synchronous writers readers durable files reopen kill page auto_vacuum mode broker faults linger autocheckpoint",
+    defaults=("app.db", 0, False, 1024, 0, None, None, (), None, 30))
 
 # Orders (recording.py): what fails, and how often it does not before it does. Not two that plain SQLite does not survive
 # (docs/power-loss.md): the sync of an emptied journal, and the sync of the database in WAL mode.
@@ -61,6 +62,9 @@ WORKLOADS = [
     Workload("guest-wal-full-2", True, "wal", "full", 2, 1, True, reopen=40, mode="guest"),
     Workload("wal-normal-1", True, "wal", "normal", 1, 0, False),
     Workload("wal-full-two-files-2", True, "wal", "full", 2, 1, True, "app.db other.db"),
+    Workload("wal-full-short-1", True, "wal", "full", 1, 0, True, reopen=1, linger="2ms", autocheckpoint=1000),
+    Workload("wal-mixed-short-2", True, "wal", "mixed", 2, 0, True, reopen=1, linger="10ms", autocheckpoint=1000),
+    Workload("wal-normal-short-1", True, "wal", "normal", 1, 0, False, reopen=1, linger="5ms", autocheckpoint=1000),
     Workload("delete-extra-3", True, "delete", "extra", 3, 1, True),
     Workload("delete-extra-kill-3", True, "delete", "extra", 3, 1, True, kill=True),
     Workload("truncate-full-3", True, "truncate", "full", 3, 1, True, reopen=40),
@@ -95,7 +99,7 @@ def open_database(w):
         db.execute(f"PRAGMA {name}.synchronous={synchronous(w)}")
         # Little memory: a large transaction writes pages before it is committed.
         db.execute(f"PRAGMA {name}.cache_size=8")
-    db.execute("PRAGMA wal_autocheckpoint=30")
+    db.execute(f"PRAGMA wal_autocheckpoint={o['autocheckpoint']}")
     return db, names
 
 
@@ -215,6 +219,8 @@ def write(w):
             measure(w, db, one)
         if o["reopen"] and chance.randrange(o["reopen"]) == 0:
             db.close()
+            if o["linger"] and chance.randrange(8) == 0:
+                time.sleep(0.03)
             db, names = open_database(w)
     db.close()
 
@@ -292,7 +298,7 @@ def run(workload, record, seed, rows, seconds):
 
     if not workload.brokered:
         return all_of_it(None)
-    with Broker(env=record.env) as broker:
+    with Broker(*(["--linger", workload.linger] if workload.linger else []), env=record.env) as broker:
         results = all_of_it(broker)
         busy = [at for r in results for at in r.get("busy at", [])]
         # After an injected error a rollback journal is hot, and one that looks at it beside others may get BUSY: open,

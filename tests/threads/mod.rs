@@ -103,7 +103,7 @@ pub struct Player<'w> {
 
 impl<'w> Player<'w> {
     pub fn new(world: &'w World, id: SeatId, broker: &Sender<ToBroker>, brokered: bool) -> Player<'w> {
-        world.table().members.set(id);
+        world.table().hand_out(id);
         let parking = Futexes { broker: broker.clone(), said: Cell::new(0) };
         Player { world, id, brokered, parking, own: Own::default(), answers: channel() }
     }
@@ -208,7 +208,7 @@ impl<'w> Player<'w> {
     pub fn die(&mut self) {
         self.gone();
         self.own = Own::default();
-        self.world.table().members.set(self.id);
+        self.world.table().hand_out(self.id);
     }
 
     /// Killed in the middle of a wait.

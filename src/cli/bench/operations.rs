@@ -41,6 +41,7 @@ impl Work<'_> {
             Operation::Immediate => self.immediate(&db, ready),
             Operation::ReadWrite => self.read_write(&db, ready),
             Operation::Open { same_process } => self.open_and_close(db, same_process, ready),
+            Operation::OpenInsert => self.open_and_insert(db, ready),
             Operation::Attach => self.attach(&db, ready),
             Operation::Fill => self.fill(&db, ready),
             Operation::Hold { connections } => self.hold(&db, connections, ready),
@@ -133,6 +134,17 @@ impl Work<'_> {
             let db = Connection::open(self.path(0))?;
             self.limit_waits(&db)?;
             read(&mut db.prepare(SELECT)?, ids.next())?;
+            close(db)
+        }))
+    }
+
+    fn open_and_insert(&self, db: Connection, ready: Ready) -> Worked {
+        let window = ready(&db)?;
+        close(db)?;
+        Ok(measure(window, 1, |seq| {
+            let db = Connection::open(self.path(0))?; // FULL is what SQLite does unasked
+            self.limit_waits(&db)?;
+            db.prepare(INSERT)?.execute((self.worker(), seq as i64))?;
             close(db)
         }))
     }

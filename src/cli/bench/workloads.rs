@@ -21,6 +21,8 @@ pub enum Operation {
     Open {
         same_process: bool,
     },
+    /// Opening, one row, closing; nobody else has the database open.
+    OpenInsert,
     /// From one database into another, processes of even and odd number in opposite directions.
     Attach,
     /// A statement of about a second that reads the database and writes a temporary table.
@@ -33,8 +35,8 @@ pub enum Operation {
 
 impl Operation {
     pub fn writes(self) -> bool {
-        use Operation::{Attach, Immediate, Insert, InsertAndPause, ReadWrite};
-        matches!(self, Insert | InsertAndPause { .. } | Immediate | ReadWrite | Attach)
+        use Operation::{Attach, Immediate, Insert, InsertAndPause, OpenInsert, ReadWrite};
+        matches!(self, Insert | InsertAndPause { .. } | Immediate | ReadWrite | OpenInsert | Attach)
     }
 
     /// Every how many operations one is measured. A select takes some 400 ns and two looks at the clock 50 ns.
@@ -51,6 +53,7 @@ impl Operation {
             Self::Immediate => "BEGIN IMMEDIATE; INSERT one row; COMMIT",
             Self::ReadWrite => "BEGIN; SELECT the counter; UPDATE it; COMMIT",
             Self::Open { .. } => "open a connection, SELECT one row, close",
+            Self::OpenInsert => "open a connection, INSERT one row, close",
             Self::Attach => "INSERT INTO b.rows SELECT ... FROM main.items, one row, autocommit",
             Self::Fill => "INSERT INTO temp.fill SELECT ... FROM items",
             Self::Hold { .. } => "nothing",
@@ -235,6 +238,14 @@ pub const ALL: &[Workload] = &[
         ..BASE
     },
     Workload {
+        name: "open-insert",
+        about: "a connection for one durable row, nobody else has the database open",
+        operation: Operation::OpenInsert,
+        synchronous: Synchronous::Full,
+        counts: ONE,
+        ..BASE
+    },
+    Workload {
         name: "crowd",
         about: "one row a commit from 200 processes",
         counts: Counts::Always(200),
@@ -314,7 +325,7 @@ mod tests {
     #[test]
     fn a_whole_name_means_itself_and_a_part_means_all_that_have_it() {
         assert_eq!(chosen(&["open"], &[1], false), [("open", 1)]);
-        assert_eq!(chosen(&["ope"], &[1], false), [("open", 1), ("open-same", 1)]);
+        assert_eq!(chosen(&["ope"], &[1], false), [("open", 1), ("open-same", 1), ("open-insert", 1)]);
         assert!(choose(&["nothing".to_owned()], &[], false).is_err());
     }
 
