@@ -18,10 +18,6 @@ BUSY, LOCKED, IOERR, CORRUPT, FULL, CANTOPEN, PROTOCOL, SCHEMA = (
 MAY_BE_BUSY = ("deferred", "pair", "journal", "vacuum", "checkpoint", "exhaust", "child")
 
 
-def kind_of(log, entry):
-    return "child" if entry == -1 and log is None else log.slot.deck.works[entry].kind if entry >= 0 else "open"
-
-
 def overlap(since, until, windows):
     return sum(max(0.0, min(until, b) - max(since, a)) for a, b in windows)
 
@@ -76,7 +72,8 @@ class Limits:
 
     def check_error(self, log, stops, since, until, seq, entry, step, code, message):
         faults = self.check_time(log, stops, since, until, seq, entry, step)
-        kind = "child" if seq < 0 else "open" if step < 0 else log.slot.deck.works[entry].kind
+        kind = "child" if seq < 0 else log.slot.deck.works[entry].kind if entry >= 0 else "open"
+        kind = "open" if step < 0 and kind != "exhaust" else kind
         primary = code & 255
         if primary == BUSY:
             self.busy[kind] += 1
