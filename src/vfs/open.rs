@@ -76,8 +76,9 @@ pub fn inherited_guest(identity: (u64, u64)) -> bool {
     lock(&open_files().inherited).iter().any(|n| n.guest == Some(identity))
 }
 
-/// A forked child commits several files of an inherited connection. SQLite's random numbers are the same in both
-/// processes, so its super-journal has the name of the parent's, and the child would delete that.
+/// A super-journal of a connection that a forked child has inherited. Rolling back, the child would find the name of its
+/// parent's in the journal and remove it; committing several files, it would choose the same name, because SQLite's
+/// random numbers are the same in both processes.
 fn is_inherited_super_journal(name: *const c_char) -> bool {
     if name.is_null() || planted("childs-super-journal") {
         return false;

@@ -171,11 +171,11 @@ KINDS = {"auto": 28, "returning": 4, "immediate": 12, "begin": 8, "savepoint": 2
 MANNERS = ("exit", "close", "rollback", "commit", "use", "own", "own", "own-exit")
 
 
-def draw(rng, main, attached=None, weights=None, manners=MANNERS, size=80, only=None, caches=(5, 10, 100, 2000)):
-    """A deck of `size` works. `weights` changes those of KINDS; `only` takes no others."""
+def draw(rng, main, attached=None, weights=None, manners=MANNERS, size=80, only=None, never=(), caches=(5, 10, 100, 2000)):
+    """A deck of `size` works. `weights` changes those of KINDS; `only` takes no others, and each of them, but `never`."""
     weights = {**KINDS, **({"pair": 14} if attached else {}), **(weights or {})}
     if only:
-        weights = {k: max(w, 1) for k, w in weights.items() if k in only}
+        weights = {k: max(w, 1) for k, w in weights.items() if k in only and k not in never}
     # No two members are alike: each kind is stressed or left out by some.
     weights = {k: w * rng.choice((0.3, 1, 1, 2)) for k, w in weights.items()}
     names = rng.choices(list(weights), list(weights.values()), k=size)

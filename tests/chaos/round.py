@@ -4,21 +4,16 @@ import glob
 import heapq
 import itertools
 import os
-import resource
 import shutil
 import signal
-import subprocess
 import time
 
+import decks
 import harness
 import members
 import plan as planning
 import smalldisk
-
-PATIENCE = 8.0  # seconds, beyond the limit of waits, for whatever has to come to an end on a busy machine
-
-
-FOREVER = float("inf")
+from events import Events
 
 
 class Broker(harness.Broker):
@@ -53,7 +48,7 @@ class Broker(harness.Broker):
         return found
 
 
-class Round:
+class Round(Events):
     def __init__(self, plan, directory, readopt=False):
         self.plan, self.dir, self.readopt = plan, directory, readopt
         self.logs, self.decks, self.data = (os.path.join(directory, n) for n in ("logs", "decks", "data"))
@@ -94,7 +89,6 @@ class Round:
         """Everything up to the end of the last process. What was wrong is in `faults`."""
         if "small" in self.plan.databases:
             self.disk = smalldisk.SmallDisk(self.dir)
-        import decks
         for name, mode in self.plan.databases.items():
             harness.plain(self.path(name), f"PRAGMA journal_mode={mode};" + decks.SCHEMA)
         self.broker.start()
@@ -180,7 +174,7 @@ class Round:
             except OSError:
                 silent = now - p.started
             # A work is a few statements, each with a wait of its own; the longest in silence is an opening.
-            if p.stopped is None and silent > 4 * planning.LIMIT + PATIENCE and not self.stopped_lately(index, now - silent):
+            if p.stopped is None and silent > 4 * planning.LIMIT + planning.PATIENCE and not self.stopped_lately(index, now - silent):
                 self.fault(f"{p.slot.name} ({p.worker}, pid {p.member()}) has done nothing for {silent:.0f} s\n"
                            + self.status())
                 return
@@ -193,157 +187,6 @@ class Round:
             return harness.run([harness.bin(), "status"], env=self.broker.env, timeout=10, check=False).stdout
         except AssertionError as e:
             return str(e)
-
-    # --- events ----------------------------------------------------------------------------------------------
-
-    def happen(self, event):
-        index = event.slot
-        p = self.current.get(index)
-        if index is not None and p is None:
-            return
-        getattr(self, "do_" + event.what)(event, index, p)
-
-    def do_kill(self, event, index, p):
-        p.back = event.more["back"]
-        self.say(f"kill {p.slot.name} ({p.worker}, pid {p.member()})")
-        self.counts["kills"] += 1
-        p.kill()
-
-    def do_stop(self, event, index, p):
-        if p.stopped is None and p.send(signal.SIGSTOP):
-            p.stopped = time.monotonic()
-            self.counts["stops"] += 1
-            self.say(f"stop {p.slot.name} ({p.worker}) for {event.more['long']} s")
-            self.soon(event.more["long"], lambda: self.current.get(index) is p and self.go_on(index, p))
-
-    def do_leave(self, event, index, p):
-        p.back = event.more["back"]
-        self.say(f"leave {p.slot.name} ({p.worker})")
-        p.leave()
-
-    do_plain = do_leave
-
-    def do_empty(self, event, *_):
-        """All members of a database leave: its last close, and plain clients get in."""
-        self.say(f"all leave {event.more['database']}")
-        for index, p in self.current.items():
-            if event.more["database"] in (p.slot.deck.main, p.slot.deck.attached):
-                self.go_on(index, p)
-                p.back = event.more["back"]
-                p.leave()
-
-    def do_checkpointer(self, *_):
-        for pid in members.children(self.broker.pid) if self.broker.alive() else ():
-            self.say(f"kill the checkpointer ({pid})")
-            self.counts["kills"] += 1
-            os.kill(pid, signal.SIGKILL)
-
-    def do_descriptors(self, event, *_):
-        """The broker may open no more descriptors than it has."""
-        if not self.broker.alive() or self.away and self.away[-1][1] == FOREVER:
-            return
-        pid = self.broker.pid
-        before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{pid}/fd")), before[1]))
-        window = [time.monotonic(), FOREVER]
-        self.away.append(window)
-        self.say(f"the broker gets no descriptors for {event.more['long']:.1f} s")
-
-        def enough():
-            window[1] = time.monotonic()
-            try:
-                resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
-            except ProcessLookupError:
-                pass
-        self.soon(event.more["long"], enough)
-
-    def do_disk(self, event, *_):
-        if self.disk.why_not:
-            return
-        window = [time.monotonic(), FOREVER]
-        self.full.append(window)
-        self.disk.fill()
-        self.say(f"the small disk is full for {event.more['long']:.1f} s")
-
-        def enough():
-            self.disk.empty()
-            window[1] = time.monotonic()
-        self.soon(event.more["long"], enough)
-
-    # --- the broker's death ----------------------------------------------------------------------------------
-
-    def do_broker(self, event, *_):
-        how, down = event.more["how"], event.more["down"]
-        self.go_on_all()
-        self.gone = time.monotonic()
-        self.away.append([self.gone, FOREVER])
-        self.counts["brokers"] += 1
-        self.counts["kills"] += how != "term"
-        if how == "kill":
-            self.say("kill the broker")
-            self.broker.kill()
-            self.soon(planning.GRACE, self.members_went_on)
-            self.soon(planning.GRACE + down, self.broker_back)
-            return
-        if how == "both":
-            self.say("kill the broker and all members")
-            self.held = set(range(len(self.plan.slots)))
-            for p in self.current.values():
-                p.kill()
-            self.broker.kill()
-            self.counts["kills"] += len(self.current)
-        else:
-            self.say("end the broker by SIGTERM")
-            self.broker.process.send_signal(signal.SIGTERM)
-            try:
-                self.broker.process.wait(5 + PATIENCE)
-            except subprocess.TimeoutExpired:
-                self.fault("the broker does not end")
-            self.broker.process, ended = None, self.broker.process
-            if ended.returncode:
-                self.fault(f"the broker ended with {harness.ending(ended.returncode)}")
-        self.soon(down, self.broker_back)
-
-    def members_went_on(self):
-        """The broker is dead: whoever is in goes on. But nobody finds those who wait in a circle, and in guest mode the
-        turns are the broker's."""
-        for p in self.current.values():
-            if p.slot.steady and not p.slot.deck.attached and p.slot.deck.main != "mixed" and not p.leaving and p.started < self.gone - 3 and p.progress() < self.gone + 0.05:
-                with open(p.log, errors="replace") as f:
-                    last = f.read().splitlines()[-5:]
-                self.fault(f"{p.slot.name} ({p.worker}) did not go on without the broker: {last}")
-
-    def broker_back(self):
-        self.broker.start()
-        self.say("a new broker")
-        self.held = set()
-        if self.readopt:
-            self.away[-1][1] = time.monotonic()
-            self.at(time.monotonic() + PATIENCE, self.newcomers_got_in, time.monotonic())
-            return
-        # As docs/architecture.md has it: nobody can join until those who are in have closed.
-        for p in self.current.values():
-            p.back = 0.1
-            p.leave()
-        for index in range(len(self.plan.slots)):
-            self.soon(0.1, self.start, index)
-        self.end_of_leaving(list(self.current.values()), time.monotonic() + 4 * planning.LIMIT + PATIENCE)
-
-    def end_of_leaving(self, those, limit):
-        those = [p for p in those if p.process.poll() is None]
-        if not those:
-            self.say("all have left the old broker's groups")
-            self.away[-1][1] = time.monotonic()
-        elif time.monotonic() < limit:
-            self.soon(0.05, self.end_of_leaving, those, limit)
-        else:
-            names = ", ".join(f"{p.slot.name} ({p.worker})" for p in those)
-            self.fault(f"they did not leave after the broker's death: {names}")
-
-    def newcomers_got_in(self, since):
-        for index, p in self.current.items():
-            if p.started < since and p.progress() < since and p.stopped is None:
-                self.fault(f"{p.slot.name} ({p.worker}) is not in again {PATIENCE:g} s after the broker's return")
 
     # --- the end ---------------------------------------------------------------------------------------------
 
@@ -362,7 +205,7 @@ class Round:
             waiting = [p for p in self.current.values() if p.slot.how != "plain" and p.progress() < since]
             if not waiting:
                 break
-            if time.monotonic() > since + 4 * planning.LIMIT + PATIENCE:
+            if time.monotonic() > since + 4 * planning.LIMIT + planning.PATIENCE:
                 names = ", ".join(f"{p.slot.name} ({p.worker})" for p in waiting)
                 self.fault(f"nothing disturbs them, and they get nothing done: {names}\n{self.status()}")
             self.loop(time.monotonic() + 0.1)
@@ -372,7 +215,7 @@ class Round:
         self.held = set(range(len(self.plan.slots)))
         for p in self.current.values():
             p.leave()
-        limit = time.monotonic() + 4 * planning.LIMIT + PATIENCE
+        limit = time.monotonic() + 4 * planning.LIMIT + planning.PATIENCE
         while self.current and time.monotonic() < limit and not self.faults:
             self.reap()
             time.sleep(0.01)
@@ -398,8 +241,8 @@ class Round:
         """Of those who have ended: no seat, no descriptor in the broker, no lock, no children."""
         try:
             harness.wait_until(lambda: not [c for c in self.others()], 30, "the children of members to end")
-            harness.wait_until(lambda: not self.broker.status()["databases"], PATIENCE, "the broker to let go of all")
-            harness.wait_until(lambda: not self.more_descriptors(), PATIENCE, "the broker's descriptors")
+            harness.wait_until(lambda: not self.broker.status()["databases"], planning.PATIENCE, "the broker to let go of all")
+            harness.wait_until(lambda: not self.more_descriptors(), planning.PATIENCE, "the broker's descriptors")
             for name in self.plan.databases:
                 harness.plain(self.path(name), "BEGIN IMMEDIATE; ROLLBACK", retry=2)
         except AssertionError as e:
@@ -425,7 +268,7 @@ class Round:
 
     def no_process_is_left(self):
         try:
-            harness.wait_until(lambda: not (members.reap_orphans(set()), members.children(os.getpid()))[1], PATIENCE,
+            harness.wait_until(lambda: not (members.reap_orphans(set()), members.children(os.getpid()))[1], planning.PATIENCE,
                                "the last process to end")
         except AssertionError as e:
             self.fault(f"{e}: {members.children(os.getpid())}")

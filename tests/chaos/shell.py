@@ -6,7 +6,6 @@ the member that is killed and stopped; this process is not.
 
 import os
 import re
-import select
 import subprocess
 import sys
 import time
@@ -79,7 +78,8 @@ class Shell(Member):
                 # It ends by itself where it cannot open the database.
                 if self.process.wait(30) != 1:
                     raise
-                error, message = CANTOPEN, self.left.decode(errors="replace")
+                message = self.left.decode(errors="replace")
+                error = BUSY if "is locked" in message else CANTOPEN
             if not error:
                 mode = re.search(r'"mode": ?"(\w+)"', row)
                 self.note(f"o {since:.6f} {now():.6f} {mode.group(1) if mode else 'none'}")
