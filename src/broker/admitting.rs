@@ -43,15 +43,17 @@ impl Server {
         let peer = liveness::peer_of(&socket)?;
         let uid = peer.uid;
         let limit = self.options.limits.sessions;
+        if self.users.is_outcast(uid) {
+            let reason =
+                format!("user {uid} has sent too many descriptors of filesystems that may never answer");
+            return turn_away(&socket, reason);
+        }
         if self.users.sessions(uid) >= limit && !planted("users-without-limit") {
             let (_, reason) = too_many(uid, "sessions", limit, "sessions");
             if self.users.may_say(uid) {
                 tracing::warn!(uid, pid = peer.pid, "session refused: {reason}");
             }
-            // Before its hello: whoever is over the limit is not waited for.
-            let answer =
-                HelloAnswer { magic: PROTOCOL_MAGIC, version: PROTOCOL_VERSION, refused: Some(reason) };
-            return socket::send(&socket, &socket::encode(&answer)?, &[]);
+            return turn_away(&socket, reason);
         }
         let id = self.next_session;
         self.next_session += 1;
@@ -64,4 +66,10 @@ impl Server {
         self.sessions.insert(id, Session::new(id, socket, peer));
         Ok(())
     }
+}
+
+/// Before its hello: who is not let in is not waited for.
+fn turn_away(socket: &OwnedFd, reason: String) -> io::Result<()> {
+    let answer = HelloAnswer { magic: PROTOCOL_MAGIC, version: PROTOCOL_VERSION, refused: Some(reason) };
+    socket::send(socket, &socket::encode(&answer)?, &[])
 }

@@ -45,7 +45,7 @@ impl Server {
         }
     }
 
-    fn refuse(&mut self, session: u64, id: u64, why: Refusal, reason: String) {
+    pub(super) fn refuse(&mut self, session: u64, id: u64, why: Refusal, reason: String) {
         if let Some(s) = self.sessions.get(&session)
             && self.users.may_say(s.peer.uid)
         {

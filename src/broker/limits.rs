@@ -1,6 +1,7 @@
 //! What one user may have at this broker, so that nobody can take what others need: sessions, databases, descriptors
 //! that were sent and not taken yet, lines in the log.
 
+use super::foreign::MOST_ASIDE;
 use super::join::Refused;
 use super::session::Session;
 use crate::wire::message::Refusal;
@@ -58,6 +59,8 @@ struct User {
     sessions: usize,
     unread: Vec<Unread>,
     lines: usize,
+    /// Descriptors of it that must not be closed.
+    aside: usize,
 }
 
 /// Everybody who has something here, by uid.
@@ -76,6 +79,16 @@ impl Users {
 
     pub fn uids(&self) -> impl Iterator<Item = u32> + '_ {
         self.0.keys().copied()
+    }
+
+    /// Another descriptor of it must not be closed.
+    pub fn set_aside(&mut self, uid: u32) {
+        self.0.entry(uid).or_default().aside += 1;
+    }
+
+    /// It has sent too many of those.
+    pub fn is_outcast(&self, uid: u32) -> bool {
+        self.0.get(&uid).is_some_and(|user| user.aside >= MOST_ASIDE)
     }
 
     pub fn arrived(&mut self, uid: u32) {
@@ -138,7 +151,7 @@ impl Users {
                 tracing::warn!(uid, "{more} more lines about this user within a second");
             }
         }
-        self.0.retain(|_, user| user.sessions != 0 || !user.unread.is_empty());
+        self.0.retain(|_, user| user.sessions + user.aside != 0 || !user.unread.is_empty());
     }
 }
 

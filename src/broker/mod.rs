@@ -2,7 +2,8 @@
 //!
 //! * [`listen`]: the socket. [`admitting`]: who gets in. [`limits`]: what one user may have. [`session`]: a client process.
 //!   [`liveness`]: is it alive.
-//! * [`join`]: judging descriptors. [`filesystem`]: where they are. [`joining`]: gate or guest mode.
+//! * [`join`]: judging descriptors. [`filesystem`]: where they are. [`foreign`]: those that must
+//!   not be touched. [`joining`]: gate or guest mode.
 //! * [`database`]: one database's seats, locks and segment. [`requests`]: messages become lock requests.
 //! * [`checkpoints`]: the checkpointer, a process of its own. [`blame`]: whose fault its death is. [`waits`]: waits that
 //!   would never end. [`report`]: `status`.
@@ -18,6 +19,7 @@ mod blame;
 pub mod checkpoints;
 pub mod database;
 pub mod filesystem;
+mod foreign;
 pub mod join;
 pub mod joining;
 pub mod keeping;

@@ -279,18 +279,14 @@ impl Server {
         }
         for _ in 0..MOST_A_ROUND {
             let Some(socket) = self.sessions.get(&id).and_then(|s| s.socket.as_ref()) else { return };
-            match socket::receive(socket) {
+            match socket::receive_any(socket) {
                 Ok(packet) => {
-                    if let Err(reason) = self.packet(id, packet) {
+                    if let Err(reason) = self.received(id, packet) {
                         self.end_session(id, &reason);
                         return;
                     }
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
-                Err(e) if e.kind() == io::ErrorKind::InvalidData => {
-                    self.end_session(id, &format!("protocol: {e}"));
-                    return;
-                }
                 Err(_) => {
                     self.silence(id);
                     return;

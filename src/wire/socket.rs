@@ -19,6 +19,8 @@ pub struct Packet {
     pub fds: Vec<OwnedFd>,
     /// Descriptors were sent that could not be received (this process has no room for more).
     pub fds_lost: bool,
+    /// It is longer, or has more descriptors, than any that means something.
+    pub too_much: bool,
 }
 
 impl Packet {
@@ -125,6 +127,17 @@ pub fn send_within(fd: impl AsFd, bytes: &[u8], fds: &[RawFd], limit: Duration) 
 /// Receives one packet, or fails with `WouldBlock`; `UnexpectedEof` when the peer has closed, `InvalidData` when
 /// the packet did not fit (what arrived of its descriptors is closed).
 pub fn receive(fd: impl AsFd) -> io::Result<Packet> {
+    let packet = receive_any(fd)?;
+    match packet.too_much {
+        false => Ok(packet),
+        true => {
+            Err(io::Error::new(io::ErrorKind::InvalidData, "a packet too long, or with too many descriptors"))
+        }
+    }
+}
+
+/// The same, but one that did not fit comes with its descriptors: the caller closes them, or does not.
+pub fn receive_any(fd: impl AsFd) -> io::Result<Packet> {
     /// `SCM_MAX_FD`, net/scm.h: the kernel lets no packet carry more, so that none is installed and not owned.
     const MOST_FDS: usize = 253;
     let mut bytes = vec![0u8; MAX_PACKET + 1];
@@ -148,17 +161,12 @@ pub fn receive(fd: impl AsFd) -> io::Result<Packet> {
     // SAFETY: filled by the call above.
     let fds = unsafe { received_descriptors(&message) };
     let truncated = message.msg_flags & libc::MSG_TRUNC != 0 || length > MAX_PACKET;
-    if truncated || fds.len() > MAX_FDS {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            "a packet too long, or with too many descriptors",
-        ));
-    }
-    if length == 0 {
+    let too_much = truncated || fds.len() > MAX_FDS;
+    if length == 0 && fds.is_empty() {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
     bytes.truncate(length);
-    Ok(Packet { bytes, fds, fds_lost: message.msg_flags & libc::MSG_CTRUNC != 0 })
+    Ok(Packet { bytes, fds, fds_lost: message.msg_flags & libc::MSG_CTRUNC != 0, too_much })
 }
 
 /// Owns the descriptors that came with a packet, also of one that lost some. (nix hands out none of those then,

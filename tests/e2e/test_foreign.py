@@ -65,6 +65,9 @@ def as_user(uid, function, files=None, wait=True):
         yield result
         if not wait:
             assert ours.makefile().readline(), f"the process of user {uid} has failed"
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        raise
     finally:
         ours.close()
         with contextlib.suppress(ProcessLookupError):

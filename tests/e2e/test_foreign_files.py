@@ -1,0 +1,120 @@
+"""A filesystem that never answers: whoever touches a descriptor of a file there, or only closes it, waits for ever."""
+
+import contextlib
+import ctypes
+import os
+import struct
+
+from harness import Broker, Skip, bin, create, fails_without, run, timeout, wait_until
+from test_foreign import STRANGER, as_user, root_only
+from test_gate import REFUSED
+from test_hostile import LOG, STATUS, Hostile, descriptors, join, text, varint, victim
+
+LOOKUP, GETATTR, OPEN, FLUSH, INIT, OPENDIR, RELEASE, FORGET, BATCH_FORGET = 1, 3, 14, 25, 26, 27, 18, 2, 42
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def serve_fuse(fuse):
+    """A directory with one file, whose closing is never answered (linux/fuse.h)."""
+    def attributes(node):
+        mode, size = (0o40755, 0) if node == 1 else (0o100666, 4096)
+        return struct.pack("<6Q10I", node, size, 8, 0, 0, 0, 0, 0, 0, mode, 1, STRANGER, STRANGER, 0, 4096, 0)
+
+    while True:
+        request = os.read(fuse, 1 << 17)
+        _, operation, unique, node = struct.unpack_from("<IIQQ", request)
+        if operation in (FLUSH, FORGET, BATCH_FORGET):
+            continue
+        answer, error = b"", 0
+        if operation == INIT:
+            answer = struct.pack("<IIIIHHIIHHI7I", 7, 31, 0, 0, 16, 12, 1 << 16, 1, 16, 0, 0, *[0] * 7)
+        elif operation == LOOKUP:
+            answer = struct.pack("<4Q2I", 2, 1, 3600, 3600, 0, 0) + attributes(2)
+        elif operation == GETATTR:
+            answer = struct.pack("<QII", 3600, 0, 0) + attributes(node)
+        elif operation in (OPEN, OPENDIR):
+            answer = struct.pack("<QII", 1, 0, 0)
+        elif operation != RELEASE:
+            error = -38  # ENOSYS
+        os.write(fuse, struct.pack("<IiQ", 16 + len(answer), error, unique) + answer)
+
+
+@contextlib.contextmanager
+def never_answers(at):
+    os.mkdir(at)
+    try:
+        fuse = os.open("/dev/fuse", os.O_RDWR)
+    except OSError as e:
+        raise Skip(f"no FUSE here: {e}") from None
+    options = f"fd={fuse},rootmode=40000,user_id={STRANGER},group_id={STRANGER},allow_other"
+    if libc.mount(b"hostile", at.encode(), b"fuse", 0, options.encode()):
+        raise Skip(f"FUSE cannot be mounted: {os.strerror(ctypes.get_errno())}")
+    server = os.fork()
+    if server == 0:
+        try:
+            serve_fuse(fuse)
+        finally:
+            os._exit(0)
+    os.close(fuse)
+    stopped = []
+
+    def stop():
+        """Whoever waits is told that the filesystem is gone."""
+        if not stopped:
+            stopped.append(True)
+            os.kill(server, 9)
+            os.waitpid(server, 0)
+            libc.umount2(at.encode(), 2)
+    try:
+        yield os.path.join(at, "app.db"), stop
+    finally:
+        stop()
+
+
+@fails_without("foreign-descriptors-closed", message="in vain|timed out|after 5 s")
+@timeout(60)
+def test_a_file_that_never_answers_stops_nobody():
+    root_only()
+    with Broker("--everyone", "yes") as broker:
+        db = create(broker.path("app.db"))
+        with never_answers(broker.path("fuse")) as (evil, stop), victim(broker, db) as goes_on:
+            def send():
+                fd, directory = os.open(evil, os.O_RDWR), os.open(os.path.dirname(evil), os.O_PATH)
+                hostile = Hostile(broker)
+                hostile.send(join("app.db"), [fd, directory])
+                answer = hostile.s.recv(65536)
+                if answer[0] != REFUSED or b"FUSE" not in answer:
+                    return f"not refused: {answer}"
+                for message in (varint(LOG) + text("x"), varint(STATUS) + varint(1), b"\xff"):
+                    for count in (1, 4, 5):
+                        # In the end it is turned away.
+                        with contextlib.suppress(OSError, AssertionError):
+                            another = Hostile(broker)
+                            another.send(message, [fd] * count)
+                            another.ended()
+                return "sent"
+
+            before = descriptors(broker)
+            # Its process cannot end either before the filesystem is gone.
+            with as_user(STRANGER, send, wait=False), contextlib.ExitStack() as end:
+                end.callback(stop)
+                for _ in range(3):
+                    run([bin(), "status"], env=broker.env, timeout=5)
+                    with Hostile(broker) as another:
+                        another.s.settimeout(5)
+                        another.joined(db)
+                    goes_on()
+                # A user that goes on is let in no more; what it has sent stays where it is.
+                wait_until(lambda: "descriptors of filesystems" in outcast(broker), what="the user to be kept out")
+                goes_on()
+                assert descriptors(broker) < before + 60, descriptors(broker)
+
+
+def outcast(broker):
+    with as_user(STRANGER, lambda: refusal(broker)) as said:
+        return said
+
+
+def refusal(broker):
+    done = run([bin(), "status"], env=broker.env, check=False, timeout=5)
+    return done.stdout + done.stderr
