@@ -285,7 +285,7 @@ def test_an_idle_member_keeps_nobody_out_once_a_broker_is_back():
 
 @fails_without("keeper-told-nothing")
 def test_who_dies_while_no_broker_is_there_is_cleared_by_the_next():
-    with Broker(env={"TURNSTILE_WAIT": "5s"}) as broker:
+    with Broker(env={"TURNSTILE_WAIT": "2s"}) as broker:
         db = create(broker.path("app.db"))
         with Other(db, broker) as holder, Other(db, broker) as waiter:
             holder.says("BEGIN IMMEDIATE")
@@ -583,7 +583,7 @@ def test_the_next_broker_checkpoints_when_the_last_ones_checkpointer_is_gone():
         with Workers(2, write, 600.0, db, broker, options={"pad": 300}) as workers:
             workers.go()
             for n in range(3):
-                wait_until(lambda: done() > 2, timeout=60, what="checkpoints")
+                wait_until(lambda: done() > 2, timeout=10, what="checkpoints")
                 old = broker.status()["broker"]["checkpointer"]
                 if n == 1:
                     os.kill(old, signal.SIGSTOP)  # it does not see that its broker is gone
@@ -594,7 +594,7 @@ def test_the_next_broker_checkpoints_when_the_last_ones_checkpointer_is_gone():
                     assert done() == 0, checkpoints(broker, db)
                     assert broker.status()["broker"]["checkpointer"] is None
                     os.kill(old, signal.SIGKILL)
-            wait_until(lambda: done() > 2, timeout=60, what="checkpoints")
+            wait_until(lambda: done() > 2, timeout=10, what="checkpoints")
             assert checkpoints(broker, db)["by"] == "broker"
             for i in workers.processes:
                 workers.kill(i)

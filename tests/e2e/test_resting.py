@@ -278,7 +278,8 @@ def test_processes_with_seats_at_rest_are_killed():
 
 @fails_without("gate-left-to-the-resting")
 def test_the_last_one_out_opens_the_gate_when_the_broker_was_killed():
-    with Broker() as broker:
+    """Without a keeper. With one: test_broker_death.py."""
+    with Broker("--no-keeper") as broker:
         db = create(broker.path("app.db"))
         with Other(db, broker) as other:
             other.does("open")
