@@ -1,12 +1,12 @@
 //! The broker: one process a host that owns segments, gates, and every decision that needs authority.
 //!
 //! * [`listen`]: the socket. [`admitting`]: who gets in. [`limits`]: what one user may have. [`session`]: a client process.
-//!   [`liveness`]: is it alive.
-//! * [`join`]: judging descriptors. [`filesystem`]: where they are. [`foreign`]: those that must
-//!   not be touched. [`joining`]: gate or guest mode.
+//!   [`liveness`]: is it alive. [`ending`]: how it ends.
+//! * [`join`]: judging descriptors. [`filesystem`]: where they are. [`foreign`]: those that must not be
+//!   touched. [`joining`]: gate or guest mode.
 //! * [`database`]: one database's seats, locks and segment. [`requests`]: messages become lock requests.
-//! * [`checkpoints`]: the checkpointer, a process of its own. [`blame`]: whose fault its death is. [`waits`]: waits that
-//!   would never end. [`report`]: `status`.
+//! * [`checkpoints`]: the checkpointer, a process of its own ([`child`]). [`blame`]: whose fault its death is.
+//!   [`waits`]: waits that would never end. [`report`]: `status`.
 //! * [`linger`]: databases that nobody has open for a moment. [`keeping`]: what the next broker will need. [`adopting`]:
 //!   what the last one left. [`returning`]: clients that had a session before.
 //! * [`stop`]: the end. [`server`]: the loop that drives it all.
@@ -17,7 +17,9 @@ mod admitting;
 pub mod adopting;
 mod blame;
 pub mod checkpoints;
+mod child;
 pub mod database;
+mod ending;
 pub mod filesystem;
 mod foreign;
 pub mod join;

@@ -1,7 +1,7 @@
 //! The broker's loop: sockets, pidfds, signals and time, one thread.
 
 use super::adopting::{self, TakeoverError};
-use super::checkpoints::Checkpointer;
+use super::child::Checkpointer;
 use super::database::{Database, State};
 use super::joining::Forming;
 use super::keeping::Keeping;
@@ -18,7 +18,7 @@ use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -336,53 +336,6 @@ impl Server {
         let Some(pidfd) = self.sessions.get(&id).and_then(|s| s.peer.pidfd.as_ref()) else { return };
         let event = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT, id * KEYS + 1);
         let _ = self.epoll.add(pidfd, event); // EEXIST: watched since it was accepted
-    }
-
-    /// Ends a session that broke the rules. Its seats stay until it is proven dead or lets go.
-    pub(super) fn end_session(&mut self, id: u64, reason: &str) {
-        if let Some(s) = self.sessions.get(&id)
-            && self.users.may_say(s.peer.uid)
-        {
-            tracing::warn!(session = id, client = s.label(), uid = s.peer.uid, "session ended: {reason}");
-        }
-        self.silence(id);
-    }
-
-    /// The socket is gone. Not a death: a session with seats is kept until it is proven dead.
-    pub(super) fn silence(&mut self, id: u64) {
-        let Some(session) = self.sessions.get_mut(&id) else { return };
-        if let Some(socket) = session.socket.take() {
-            let _ = self.epoll.delete(socket.as_fd());
-            self.users.silenced(session, socket);
-        }
-        session.stage = Stage::Silent;
-        if session.seats.is_empty() {
-            self.drop_session(id);
-        } else if session.let_go() {
-            self.session_died(id, "it closed everything");
-        }
-    }
-
-    pub(super) fn drop_session(&mut self, id: u64) {
-        let Some(session) = self.sessions.remove(&id) else { return };
-        self.keeping.session_gone(&session);
-        self.users.left(&session);
-        if let Some(pidfd) = &session.peer.pidfd {
-            let _ = self.epoll.delete(pidfd);
-        }
-    }
-
-    pub(super) fn session_died(&mut self, id: u64, how: &str) {
-        let Some(session) = self.sessions.get(&id) else { return };
-        let seats: Vec<_> = session.seats.iter().copied().collect();
-        if !seats.is_empty() {
-            tracing::info!(session = id, client = session.label(), seats = seats.len(), "cleared: {how}");
-        }
-        self.forming.iter_mut().for_each(|f| f.forget_session(id));
-        for seat in seats {
-            self.remove_seat(seat);
-        }
-        self.drop_session(id);
     }
 
     fn tick(&mut self, now: Instant) {

@@ -1,0 +1,54 @@
+//! How a session ends: it broke a rule, its socket is gone, or its process is proven dead.
+
+use super::server::Server;
+use super::session::Stage;
+use std::os::fd::AsFd;
+
+impl Server {
+    /// Ends a session that broke the rules. Its seats stay until it is proven dead or lets go.
+    pub(super) fn end_session(&mut self, id: u64, reason: &str) {
+        if let Some(s) = self.sessions.get(&id)
+            && self.users.may_say(s.peer.uid)
+        {
+            tracing::warn!(session = id, client = s.label(), uid = s.peer.uid, "session ended: {reason}");
+        }
+        self.silence(id);
+    }
+
+    /// The socket is gone. Not a death: a session with seats is kept until it is proven dead.
+    pub(super) fn silence(&mut self, id: u64) {
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        if let Some(socket) = session.socket.take() {
+            let _ = self.epoll.delete(socket.as_fd());
+            self.users.silenced(session, socket);
+        }
+        session.stage = Stage::Silent;
+        if session.seats.is_empty() {
+            self.drop_session(id);
+        } else if session.let_go() {
+            self.session_died(id, "it closed everything");
+        }
+    }
+
+    pub(super) fn drop_session(&mut self, id: u64) {
+        let Some(session) = self.sessions.remove(&id) else { return };
+        self.keeping.session_gone(&session);
+        self.users.left(&session);
+        if let Some(pidfd) = &session.peer.pidfd {
+            let _ = self.epoll.delete(pidfd);
+        }
+    }
+
+    pub(super) fn session_died(&mut self, id: u64, how: &str) {
+        let Some(session) = self.sessions.get(&id) else { return };
+        let seats: Vec<_> = session.seats.iter().copied().collect();
+        if !seats.is_empty() {
+            tracing::info!(session = id, client = session.label(), seats = seats.len(), "cleared: {how}");
+        }
+        self.forming.iter_mut().for_each(|f| f.forget_session(id));
+        for seat in seats {
+            self.remove_seat(seat);
+        }
+        self.drop_session(id);
+    }
+}
