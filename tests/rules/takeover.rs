@@ -5,7 +5,7 @@ use turnstile::lock::takeover::Holds;
 use turnstile::lock::{FileLevel, slot};
 use turnstile::planted::fails_without;
 use turnstile::segment::atomic::SeqCst;
-use turnstile::segment::layout::STATE;
+use turnstile::segment::layout::{CLOSED, STATE};
 
 #[test]
 fn a_request_that_the_last_broker_was_asked_stands_in_nobodys_way() {
@@ -57,7 +57,7 @@ fn a_seat_that_was_being_cleared_is_cleared() {
         b.table().close(1);
         b.table().members.clear(1);
         b.broker_dies();
-        assert_eq!(b.words(1).state.load(SeqCst) & STATE, 0);
+        assert_eq!(b.words(1).state.load(SeqCst) & STATE, CLOSED, "until it is handed out again");
         assert_ne!(b.table().count(1), count);
         assert_eq!(b.table().slot_owner(slot::WRITE), None);
         if b.is_brokered(2) {
