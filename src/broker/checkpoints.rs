@@ -70,6 +70,11 @@ impl Checkpoints {
         self.since.is_some()
     }
 
+    /// Somebody may be copying: this broker's checkpointer, or the last one's.
+    pub fn is_busy(&self) -> bool {
+        self.is_running() || self.predecessor
+    }
+
     pub fn is_paused(&self) -> bool {
         self.paused
     }
