@@ -344,6 +344,8 @@ impl Server {
                 db.answer_writers();
             }
             self.offer_checkpoints(number);
+            // Of all that was kept nobody may be left.
+            self.drop_if_unused(number);
         }
     }
 }

@@ -56,6 +56,11 @@ impl Checkpoints {
         self.since
     }
 
+    /// Somebody may be copying: this broker's checkpointer, or the last one's.
+    pub fn is_busy(&self) -> bool {
+        self.is_running() || self.predecessor
+    }
+
     pub fn is_paused(&self) -> bool {
         self.paused
     }

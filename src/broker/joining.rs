@@ -319,7 +319,7 @@ impl Server {
             return;
         }
         // The checkpointer may be at work: this comes again when it is done.
-        if !self.databases.get(&number).is_some_and(|d| d.seats.is_empty() && !d.checkpoints.is_running()) {
+        if !self.databases.get(&number).is_some_and(|d| d.seats.is_empty() && !d.checkpoints.is_busy()) {
             return;
         }
         self.end_checkpoints(number);

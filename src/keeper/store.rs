@@ -7,11 +7,13 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use turnstile::lock::SeatId;
 use turnstile::lock::table::Table;
+use turnstile::planted::planted;
 use turnstile::segment::atomic::SeqCst;
 use turnstile::segment::gate::Gate;
 use turnstile::segment::hold::Hold;
 use turnstile::segment::layout::{CHECKPOINTER, CLOSED, STATE};
 use turnstile::segment::mapping::ControlMap;
+use turnstile::segment::supervision::{self, Office};
 use turnstile::wire::keeper::{Kept, KeptDatabase, KeptHome, KeptSeat, KeptSession};
 use turnstile::wire::message::Role;
 
@@ -134,7 +136,7 @@ impl Store {
 
     /// No broker is there: a database whose members are all dead, have left or rest is let go, and its gate opened.
     pub fn drop_what_is_nobodys(&mut self) {
-        if turnstile::planted::planted("keeper-keeps-for-ever") {
+        if planted("keeper-keeps-for-ever") {
             return;
         }
         let dead: Vec<u64> = self.sessions.iter().filter(|(_, s)| s.is_dead()).map(|(n, _)| *n).collect();
@@ -147,7 +149,7 @@ impl Store {
             {
                 Hold::of(a, b).has_rung();
             }
-            if !db.is_used(alive) {
+            if !db.is_used(alive) && !db.is_checkpointed() {
                 unused.push(*number);
             }
         }
@@ -189,6 +191,14 @@ impl Database {
         }
         // One that is taken in use again at this very moment stays.
         !living.iter().all(|s| given_up(s) || table.close_resting(s.seat))
+    }
+
+    /// The dead broker's checkpointer, which is about to end, may still write into it.
+    fn is_checkpointed(&self) -> bool {
+        let held = |control| supervision::is_held(control, Office::Checkpointer);
+        self.kept.guest.is_none()
+            && self.fds.first().is_some_and(held)
+            && !planted("gate-opened-over-a-checkpoint")
     }
 
     /// Opens the gate, and lets everything go.

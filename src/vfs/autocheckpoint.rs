@@ -22,7 +22,7 @@ use crate::segment::layout::CheckpointWords;
 use libsqlite3_sys as ffi;
 use std::ffi::{CStr, c_int};
 use std::ptr;
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 /// `SQLITE_DEFAULT_WAL_AUTOCHECKPOINT`. An application that wants fewer frames than this wants its database file
@@ -43,6 +43,8 @@ pub struct Automatic {
     threshold: AtomicU32,
     /// The next length at which the broker is told again.
     overdue: AtomicU32,
+    /// The broker was gone, and the next one is waited for.
+    lapsed: AtomicBool,
 }
 
 /// To be looked at when the next statement starts.
@@ -60,6 +62,7 @@ impl Default for Automatic {
             state: AtomicU8::new(LOOK),
             threshold: AtomicU32::new(u32::MAX),
             overdue: AtomicU32::new(0),
+            lapsed: AtomicBool::new(false),
         }
     }
 }
@@ -68,6 +71,12 @@ impl Automatic {
     /// Something may have changed.
     pub fn look_again(&self) {
         self.state.store(LOOK, Relaxed);
+    }
+
+    /// The broker is gone.
+    fn lapse(&self) {
+        self.lapsed.store(true, Relaxed);
+        self.look_again();
     }
 
     #[inline]
@@ -154,6 +163,11 @@ impl MainFile {
     #[inline]
     pub fn wal_has_grown(&mut self) {
         let (Some(index), Some(note)) = (self.wal_index, self.known_note()) else { return };
+        if note.automatic.lapsed.load(Relaxed) && self.gated().is_some_and(Member::checkpointed_by_broker) {
+            // The next broker has come.
+            note.automatic.lapsed.store(false, Relaxed);
+            note.automatic.look_again();
+        }
         let threshold = note.automatic.threshold.load(Relaxed);
         let (frames, backfilled) = index.progress();
         if frames.saturating_sub(backfilled) >= threshold {
@@ -169,7 +183,7 @@ impl MainFile {
         let Some(words) = member.shared().and_then(|s| s.checkpoint()) else { return Ok(()) };
         let automatic = &note.automatic;
         if words.duty.load(SeqCst) == 0 {
-            automatic.look_again();
+            automatic.lapse();
             return Ok(());
         }
         let first = words.asked.load(SeqCst) == 0 && words.asked.swap(1, SeqCst) == 0;
@@ -186,7 +200,7 @@ impl MainFile {
         }
         if !first && member.session().is_lost() || member.wal_grew().is_err() {
             words.duty.store(0, SeqCst);
-            automatic.look_again();
+            automatic.lapse();
         }
         Ok(())
     }
@@ -222,7 +236,7 @@ impl MainFile {
         if begun.elapsed() >= LONGEST_HOLD && self.gated().is_some_and(|m| m.session().is_lost()) {
             words.duty.store(0, SeqCst);
             if let Some(note) = self.known_note() {
-                note.automatic.look_again();
+                note.automatic.lapse();
             }
         }
     }

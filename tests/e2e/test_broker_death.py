@@ -316,6 +316,27 @@ def test_the_gate_opens_when_all_members_have_died_without_a_broker():
         connect(db, broker=broker, mode="gated").close()
 
 
+@fails_without("gate-opened-over-a-checkpoint")
+def test_the_gate_stands_as_long_as_the_dead_brokers_checkpointer_may_write():
+    from test_checkpoint import checkpoints, made, write
+    with Broker() as broker:
+        db = made(broker)
+        with Workers(1, write, 600.0, db, broker, options={"pad": 300}) as workers:
+            workers.go()
+            wait_until(lambda: (checkpoints(broker, db) or {}).get("done"), what="a checkpoint")
+            checkpointer = broker.status()["broker"]["checkpointer"]
+            os.kill(checkpointer, signal.SIGSTOP)
+            broker.kill()
+            workers.kill(0)
+        try:
+            time.sleep(0.5)  # longer than the keeper takes to look
+            assert shut_to_plain(db), "a plain client got in beside a checkpoint"
+        finally:
+            os.kill(checkpointer, signal.SIGKILL)
+        plain(db, "SELECT count(*) FROM rows", retry=5)
+        broker.start()
+
+
 @fails_without("keeper-keeps-for-ever")
 def test_the_gate_opens_when_the_last_member_leaves_without_a_broker():
     """At once, as ever: closed means closed."""
