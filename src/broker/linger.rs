@@ -215,7 +215,7 @@ impl Server {
                 db.linger.strangers += 1;
                 let rested = db.checkpoint_words().map_or(0, |w| w.rested_at.load(SeqCst));
                 db.linger.opened = Some(match db.linger.strangers {
-                    STRANGERS.. if !planted("stranger-never-comes-first") => (Instant::now(), u64::MAX),
+                    STRANGERS.. => (Instant::now(), u64::MAX),
                     _ => (Instant::now() + MEMBER_COMES, rested),
                 });
             }

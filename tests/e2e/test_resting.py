@@ -414,7 +414,6 @@ def test_processes_that_open_write_and_close_in_turn_lose_nothing():
 
 @timeout(120)
 @slow
-@fails_without("stranger-never-comes-first")
 def test_beside_a_plain_client_that_opens_and_closes_nothing_is_lost():
     """The gate opens and closes all the time, over seats that rest or have just been taken in use again."""
     for journal in ("wal", "delete"):
