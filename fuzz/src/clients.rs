@@ -146,6 +146,9 @@ impl Bench {
             allow_unsafe: false,
             limits: Limits { sessions: 10, databases: 3, descriptors: 12 },
             checkpointer: checkpointer.then(|| "/bin/false".into()),
+            keeper: None,
+            linger: Duration::ZERO,
+            replace: false,
             ready: None,
         };
         let rig = Rig::new(options).expect("a broker");

@@ -13,7 +13,7 @@ use std::sync::OnceLock;
 use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
 use turnstile::client::config::Config;
-use turnstile::client::joining::Claim;
+use turnstile::client::joining::Joins;
 use turnstile::client::member::{Member, status_report};
 use turnstile::lock::{Ask, FileLevel, Release, Request, Slots, Verdict};
 use turnstile::segment::layout::{CONTROL_SIZE, LAYOUT_VERSION, MAGIC, REGION_SIZE, WAL_INDEX_SIZE};
@@ -131,7 +131,7 @@ fn script(input: &Input) -> Script {
     let answer = HelloAnswer { magic: PROTOCOL_MAGIC + u32::from(input.greeting & 4), version, refused };
     let mut script: Script = vec![(socket::encode(&answer).expect("short"), Vec::new())];
     if input.greeting & 8 == 0 {
-        script.push((encoded(&FromBroker::Welcome { session: 1, broker_pid: 1, your_pid: 1 }), Vec::new()));
+        script.push((encoded(&FromBroker::Welcome { session: 1, broker_pid: 1, your_pid: 1, token: [7; 16] }), Vec::new()));
     }
     // The client counts its requests.
     for (id, said) in (1u64..).zip(input.said.iter().take(32)) {
@@ -150,7 +150,7 @@ fn script(input: &Input) -> Script {
                     true => &whole[..],
                     false => &kinds[..],
                 };
-                let joined = Joined { seat, mode, role, nonce, segment: *segment };
+                let joined = Joined { seat, mode, role, nonce, segment: *segment, count: 0 };
                 (FromBroker::Joined { id, joined }, fds(if *segment { kinds } else { &[] }))
             }
             Said::Refused(reason) => {
@@ -229,7 +229,7 @@ fn request(kind: u8) -> Request {
 fn ask(member: &Member, asked: &Asked) {
     let shared = member.shared().cloned();
     match asked {
-        Asked::OpenWalIndex => drop(member.open_wal_index()),
+        Asked::OpenWalIndex => drop(member.open_wal_index(|_| true)),
         Asked::Lock(kind, ahead) => {
             let ask = Ask { request: request(*kind), ahead: *ahead };
             if let Ok(None) = member.try_lock(ask, 1) {
@@ -289,7 +289,7 @@ fuzz_target!(|input: Input| {
         library: 1,
     };
     let directory = file(".", OFlag::O_PATH);
-    let claim = Claim { database: database.as_fd(), directory, shm: None, join };
+    let claim = Joins { database: database.as_fd(), directory, shm: None, join };
     within(Duration::from_secs(1), "a session with a hostile broker", || {
         if let Ok(member) = Member::join(&config, &claim) {
             input.asked.iter().take(32).for_each(|a| ask(&member, a));

@@ -40,18 +40,21 @@ pub fn is_brokered(library: &Library, db: *mut ffi::sqlite3) -> bool {
 /// Whether every database of the connection that can have a WAL is one that the broker checkpoints. Asked outside
 /// any call of the VFS.
 pub fn all_checkpointed_by_broker(library: &Library, db: *mut ffi::sqlite3) -> bool {
-    database_names(library, db).iter().all(|name| {
-        let op = ffi::SQLITE_FCNTL_FILE_POINTER;
-        let file = file_control(library, db, name, op, ptr::null_mut::<ffi::sqlite3_file>());
-        let Some(file) = file.filter(|f| !f.is_null()) else { return true };
-        // SAFETY: SQLite's pointer to the database's file; if wrapped, no callback of it is running.
-        unsafe {
-            (*file).pMethods.is_null() // in memory, or temporary
+    let names = database_names(library, db);
+    // None: there was no memory to ask.
+    !names.is_empty()
+        && names.iter().all(|name| {
+            let op = ffi::SQLITE_FCNTL_FILE_POINTER;
+            let file = file_control(library, db, name, op, ptr::null_mut::<ffi::sqlite3_file>());
+            let Some(file) = file.filter(|f| !f.is_null()) else { return true };
+            // SAFETY: SQLite's pointer to the database's file; if wrapped, no callback of it is running.
+            unsafe {
+                (*file).pMethods.is_null() // in memory, or temporary
                 || Wrapped::is_wrapped(file)
                     && matches!(&Wrapped::of(file).kind, Kind::Main(main)
                         if main.gated().is_some_and(|m| m.checkpointed_by_broker()))
-        }
-    })
+            }
+        })
 }
 
 /// Adopts every database of the connection. On error nothing half-works: what could not be adopted stays plain

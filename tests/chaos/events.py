@@ -54,7 +54,7 @@ class Events:
 
     def do_checkpointer(self, *_):
         for pid in members.children(self.broker.pid) if self.broker.alive() else ():
-            self.say(f"kill the checkpointer ({pid})")
+            self.say(f"kill the broker's {members.name(pid)} ({pid})")
             self.counts["kills"] += 1
             os.kill(pid, signal.SIGKILL)
 
@@ -137,28 +137,10 @@ class Events:
         self.broker.start()
         self.say("a new broker")
         self.held = set()
-        if self.readopt:
-            self.away[-1][1] = time.monotonic()
-            self.at(time.monotonic() + planning.PATIENCE, self.newcomers_got_in, time.monotonic())
-            return
-        # As docs/architecture.md has it: nobody can join until those who are in have closed.
-        for p in self.current.values():
-            p.back = 0.1
-            p.leave()
+        self.away[-1][1] = time.monotonic()
+        self.at(time.monotonic() + planning.PATIENCE, self.newcomers_got_in, time.monotonic())
         for index in range(len(self.plan.slots)):
             self.soon(0.1, self.start, index)
-        self.end_of_leaving(list(self.current.values()), time.monotonic() + 4 * planning.LIMIT + planning.PATIENCE)
-
-    def end_of_leaving(self, those, limit):
-        those = [p for p in those if p.process.poll() is None]
-        if not those:
-            self.say("all have left the old broker's groups")
-            self.away[-1][1] = time.monotonic()
-        elif time.monotonic() < limit:
-            self.soon(0.05, self.end_of_leaving, those, limit)
-        else:
-            names = ", ".join(f"{p.slot.name} ({p.worker})" for p in those)
-            self.fault(f"they did not leave after the broker's death: {names}")
 
     def newcomers_got_in(self, since):
         for index, p in self.current.items():

@@ -66,6 +66,19 @@ def children(pid):
         return []
 
 
+def keepers():
+    """Processes that keep databases for the next broker, and checkpointers: a broker's children, also a dead one's."""
+    return {pid for pid in descendants(os.getpid()) if name(pid) in ("turnstile-keep", "turnstile-ckpt")}
+
+
+def name(pid):
+    try:
+        with open(f"/proc/{pid}/comm") as f:
+            return f.read().strip()
+    except OSError:
+        return None
+
+
 def descendants(pid):
     for child in children(pid):
         yield child

@@ -49,8 +49,8 @@ class Broker(harness.Broker):
 
 
 class Round(Events):
-    def __init__(self, plan, directory, readopt=False):
-        self.plan, self.dir, self.readopt = plan, directory, readopt
+    def __init__(self, plan, directory):
+        self.plan, self.dir = plan, directory
         self.logs, self.decks, self.data = (os.path.join(directory, n) for n in ("logs", "decks", "data"))
         for d in (self.logs, self.decks, self.data):
             os.mkdir(d)
@@ -250,20 +250,21 @@ class Round(Events):
                        f"{self.broker.status()['databases']}")
 
     def others(self):
-        """Processes that are neither the broker nor its child."""
+        """Processes that are neither the broker nor its children."""
         members.reap_orphans({self.broker.pid})
         mine = set(members.descendants(os.getpid()))
-        return mine - {self.broker.pid, *members.descendants(self.broker.pid)}
+        return mine - {self.broker.pid, *members.descendants(self.broker.pid), *members.keepers()}
 
     def more_descriptors(self):
-        """What the broker has open beyond what it had at its start, and the socket of its checkpointer."""
+        """What the broker has open beyond what it had at its start, and what it has of its children."""
         left = self.broker.descriptors()
         for d in self.baseline:
             if d in left:
                 left.remove(d)
-        for d in ("socket", "anon_inode:[pidfd]", "anon_inode"):
-            if members.children(self.broker.pid) and d in left:
-                left.remove(d)
+        for _ in members.keepers():
+            for d in ("socket", "anon_inode:[pidfd]", "anon_inode"):
+                if d in left:
+                    left.remove(d)
         return left
 
     def no_process_is_left(self):

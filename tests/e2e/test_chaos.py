@@ -20,8 +20,6 @@ QUIET = "stop,leave,empty,checkpointer,descriptors,exec,exhaust,clock,plain"
 FAULTS = (
     ("fork-unguarded", "malformed|lost|integrity_check|half a transaction|gets? nothing done|seen|counter",
      ("--databases", "wal,del", "--works", "fork,auto", "--without", QUIET + ",kill", "--members", "6")),
-    ("leader-waited-for", "has done nothing|get nothing done",
-     ("--databases", "wal", "--works", "auto,read,check", "--without", QUIET, "--hurry", "15", "--members", "10")),
     ("no-turn-ahead", "BUSY after",
      ("--databases", "wal", "--works", "auto,immediate,bulk", "--without", QUIET + ",kill", "--members", "6")),
     ("turn-ends-at-restart", "BUSY after",

@@ -238,7 +238,7 @@ pub const ALL: &[Workload] = &[
         ..BASE
     },
     Workload {
-        name: "open-insert",
+        name: "open-commit",
         about: "a connection for one durable row, nobody else has the database open",
         operation: Operation::OpenInsert,
         synchronous: Synchronous::Full,
@@ -325,7 +325,7 @@ mod tests {
     #[test]
     fn a_whole_name_means_itself_and_a_part_means_all_that_have_it() {
         assert_eq!(chosen(&["open"], &[1], false), [("open", 1)]);
-        assert_eq!(chosen(&["ope"], &[1], false), [("open", 1), ("open-same", 1), ("open-insert", 1)]);
+        assert_eq!(chosen(&["ope"], &[1], false), [("open", 1), ("open-same", 1), ("open-commit", 1)]);
         assert!(choose(&["nothing".to_owned()], &[], false).is_err());
     }
 
