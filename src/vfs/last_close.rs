@@ -185,9 +185,11 @@ impl MainFile {
         let fd = unsafe { descriptor(real.file, self.library.unix, Path::new(&self.path)) }?;
         // Not the access time: together they would be a change of attributes, for which the broker watches.
         let now = clock_gettime(ClockId::CLOCK_REALTIME).ok()?;
-        // A time may only be set by the file's owner.
+        // A time may only be set by the file's owner, and some filesystems keep no nanoseconds: what somebody else writes
+        // could not be told from this.
         futimens(fd, &TimeSpec::UTIME_OMIT, &now).ok()?;
-        fstat(fd).ok().filter(|st| st.st_size as u64 == length)
+        let set = |st: &FileStat| (st.st_mtime, st.st_mtime_nsec) == (now.tv_sec(), now.tv_nsec());
+        fstat(fd).ok().filter(|st| st.st_size as u64 == length && set(st))
     }
 
     /// The wal-index is being opened, and nobody else has it open. What it holds is nobody's truth then, and is recovered

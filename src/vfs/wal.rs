@@ -2,7 +2,7 @@
 //! [`super::durable`]).
 
 use super::main_file::MainFile;
-use super::wal_file::WalFile;
+use super::wal_file::{SHORT, WalFile};
 use super::wrapped::{Kind, Wrapped};
 use crate::lock::commits::{Commits, Place};
 use crate::lock::slot;
@@ -47,7 +47,7 @@ impl WalWrites {
 
     /// A write up to `end` is about to be made.
     pub fn make_room(&mut self, end: u64) {
-        if end > self.length {
+        if end > self.length.max(SHORT) {
             // SAFETY: SQLite is in a call for the WAL.
             let main = unsafe { self.owner() };
             let commits = main.gated().and_then(|m| m.shared()).and_then(|s| s.commits());

@@ -19,7 +19,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 type File = *mut ffi::sqlite3_file;
 
 /// A WAL that is shorter grows as SQLite has it: it may be one of a few transactions.
-const SHORT: u64 = 256 << 10;
+pub const SHORT: u64 = 256 << 10;
 /// By how much others grow: half of what they have, within these, in bytes.
 const LEAST_ROOM: u64 = 64 << 10;
 const MOST_ROOM: u64 = 512 << 10;
@@ -101,7 +101,7 @@ impl WalFile {
     /// has at least.
     pub fn make_room(self, end: u64) -> u64 {
         let Some(mut length) = self.length() else { return 0 };
-        if end <= length || length < SHORT {
+        if end <= length {
             return length;
         }
         let enough = end + (length / 2).clamp(LEAST_ROOM, MOST_ROOM);
