@@ -24,9 +24,9 @@ use std::time::{Duration, Instant};
 
 /// An open of a database that lingers is a member's if that has joined, or come and gone, within this time.
 const MEMBER_COMES: Duration = Duration::from_millis(3);
-/// A file that is open elsewhere so often in a row when no seat is in use is open in a plain client, which waits for a
+/// A file that is open elsewhere for so long, whenever no seat is in use, is open in a plain client, which waits for a
 /// moment when nobody is in, beside members that come and go all the time.
-const STRANGERS: u32 = 3;
+const STRANGER_WAITS: Duration = Duration::from_millis(50);
 /// How often the checkpointer is asked to end it.
 const TRIES: u32 = 3;
 /// So many databases that have been closed are remembered.
@@ -60,8 +60,8 @@ pub struct Linger {
     tries: u32,
     moves: Option<WatchDescriptor>,
     opens: Option<WatchDescriptor>,
-    /// How often in a row somebody had the file open when no seat was in use.
-    strangers: u32,
+    /// Since when somebody has had the file open whenever no seat was in use.
+    stranger: Option<Instant>,
     /// Somebody has opened the file; looked at then. When its last seat had come to rest by then.
     opened: Option<(Instant, u64)>,
 }
@@ -210,16 +210,15 @@ impl Server {
         let opened = AddWatchFlags::IN_OPEN | AddWatchFlags::IN_ONESHOT;
         db.linger.opens = opens.add_watch(path.as_str(), opened).ok();
         // Whoever opened it before it was watched for.
-        match gate::is_open_elsewhere(gate.database()) {
-            Some(true) => {
-                db.linger.strangers += 1;
-                let rested = db.checkpoint_words().map_or(0, |w| w.rested_at.load(SeqCst));
-                db.linger.opened = Some(match db.linger.strangers {
-                    STRANGERS.. => (Instant::now(), u64::MAX),
-                    _ => (Instant::now() + MEMBER_COMES, rested),
-                });
-            }
-            _ => db.linger.strangers = 0,
+        let now = Instant::now();
+        if gate::is_open_elsewhere(gate.database()) != Some(true) {
+            db.linger.stranger = None;
+        } else if now.duration_since(*db.linger.stranger.get_or_insert(now)) >= STRANGER_WAITS {
+            db.linger.stranger = None;
+            db.linger.opened = Some((now, u64::MAX));
+        } else {
+            let rested = db.checkpoint_words().map_or(0, |w| w.rested_at.load(SeqCst));
+            db.linger.opened = Some((now + MEMBER_COMES, rested));
         }
         true
     }
