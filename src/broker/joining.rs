@@ -325,7 +325,7 @@ impl Server {
         self.end_checkpoints(number);
         if let Some(db) = self.databases.remove(&number) {
             self.unwatch(&db.linger);
-            self.lingering.closed(db.identity);
+            self.lingering.closed(db.identity, db.linger.stranger_waits);
             tracing::info!(database = number, "closed: its last member left");
             if let State::Gated { gate, segment } = db.state {
                 // Processes whose seats rested have it mapped.

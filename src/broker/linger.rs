@@ -26,7 +26,9 @@ use std::time::{Duration, Instant};
 const MEMBER_COMES: Duration = Duration::from_millis(3);
 /// A file that is open elsewhere for so long, whenever no seat is in use, is open in a plain client, which waits for a
 /// moment when nobody is in, beside members that come and go all the time.
-const STRANGER_WAITS: Duration = Duration::from_millis(50);
+const STRANGER_WAITS: Duration = Duration::from_secs(1);
+/// How long the database does not linger then.
+const STRANGER_HAS: Duration = Duration::from_millis(500);
 /// How often the checkpointer is asked to end it.
 const TRIES: u32 = 3;
 /// So many databases that have been closed are remembered.
@@ -41,9 +43,16 @@ pub(super) const OPENS: u64 = u64::MAX - 1;
 pub struct Lingering {
     /// How long; zero: none does.
     time: Duration,
-    closed: BTreeMap<Identity, Instant>,
+    closed: BTreeMap<Identity, Closed>,
     /// Tells of files that are renamed, replaced or removed, and of those that are opened, once.
     watches: Option<(Inotify, Inotify)>,
+}
+
+/// When a database was closed, and from when on it may linger again.
+#[derive(Clone, Copy, Debug)]
+struct Closed {
+    at: Instant,
+    not_before: Instant,
 }
 
 /// One database's.
@@ -62,6 +71,7 @@ pub struct Linger {
     opens: Option<WatchDescriptor>,
     /// Since when somebody has had the file open whenever no seat was in use.
     stranger: Option<Instant>,
+    pub stranger_waits: bool,
     /// Somebody has opened the file; looked at then. When its last seat had come to rest by then.
     opened: Option<(Instant, u64)>,
 }
@@ -87,23 +97,30 @@ impl Lingering {
         Lingering { time, closed: BTreeMap::new(), watches }
     }
 
-    /// A database has been closed.
-    pub fn closed(&mut self, identity: Identity) {
+    /// A database has been closed. `stranger`: a plain client waits for it.
+    pub fn closed(&mut self, identity: Identity, stranger: bool) {
         let now = Instant::now();
-        if self.watches.is_some() {
-            if self.closed.len() >= REMEMBERED {
-                self.closed.retain(|_, at| now.duration_since(*at) < self.time);
-            }
-            if self.closed.len() < REMEMBERED {
-                self.closed.insert(identity, now);
-            }
+        if self.watches.is_none() {
+            return;
+        }
+        if self.closed.len() >= REMEMBERED {
+            self.closed.retain(|_, c| now.duration_since(c.at) < self.time);
+        }
+        let before = self.closed.get(&identity).map_or(now, |c| c.not_before);
+        let not_before = if stranger { now + STRANGER_HAS } else { before };
+        if self.closed.len() < REMEMBERED {
+            self.closed.insert(identity, Closed { at: now, not_before });
         }
     }
 
     /// It is opened again, and soon.
     fn comes_back(&mut self, identity: Identity) -> bool {
-        let closed = self.closed.remove(&identity);
-        self.watches.is_some() && closed.is_some_and(|at| at.elapsed() < self.time)
+        let Some(closed) = self.closed.get(&identity).copied() else { return false };
+        if closed.not_before > Instant::now() {
+            return false;
+        }
+        self.closed.remove(&identity);
+        self.watches.is_some() && closed.at.elapsed() < self.time
     }
 }
 
@@ -213,8 +230,15 @@ impl Server {
         let now = Instant::now();
         if gate::is_open_elsewhere(gate.database()) != Some(true) {
             db.linger.stranger = None;
+        } else if !db.nobody_has_it() {
+            // A member's that has come at this very moment, perhaps.
         } else if now.duration_since(*db.linger.stranger.get_or_insert(now)) >= STRANGER_WAITS {
-            db.linger.stranger = None;
+            // Its members close it as SQLite does, for a while: the gate is open whenever nobody is in.
+            db.linger.stranger_waits = true;
+            db.linger.may = false;
+            if let Some(words) = db.checkpoint_words() {
+                words.may_linger.store(0, SeqCst);
+            }
             db.linger.opened = Some((now, u64::MAX));
         } else {
             let rested = db.checkpoint_words().map_or(0, |w| w.rested_at.load(SeqCst));
