@@ -72,8 +72,17 @@ pub struct Linger {
     /// Since when somebody has had the file open whenever no seat was in use.
     stranger: Option<Instant>,
     pub stranger_waits: bool,
-    /// Somebody has opened the file; looked at then. When its last seat had come to rest by then.
-    opened: Option<(Instant, u64)>,
+    /// Looked at then.
+    opened: Option<(Instant, Cause)>,
+}
+
+/// Why a database may have to end lingering before its time.
+#[derive(Clone, Copy, Debug)]
+enum Cause {
+    /// Somebody has opened the file; a member, if this is not when the last seat came to rest any more.
+    Opened(u64),
+    /// Whoever it was.
+    Certain,
 }
 
 impl Lingering {
@@ -154,12 +163,7 @@ impl Database {
         let (State::Gated { gate, .. }, Some(words)) = (&self.state, self.checkpoint_words()) else {
             return false;
         };
-        let modified = |st: &nix::sys::stat::FileStat| {
-            (st.st_mtime as u64).wrapping_mul(1_000_000_000).wrapping_add(st.st_mtime_nsec as u64)
-        };
-        fstat(gate.database()).is_ok_and(|st| {
-            st.st_size as u64 != words.size.load(SeqCst) || modified(&st) != words.modified.load(SeqCst)
-        })
+        fstat(gate.database()).is_ok_and(|st| !words.is_as_left(&st))
     }
 }
 
@@ -239,10 +243,10 @@ impl Server {
             if let Some(words) = db.checkpoint_words() {
                 words.may_linger.store(0, SeqCst);
             }
-            db.linger.opened = Some((now, u64::MAX));
+            db.linger.opened = Some((now, Cause::Certain));
         } else {
             let rested = db.checkpoint_words().map_or(0, |w| w.rested_at.load(SeqCst));
-            db.linger.opened = Some((now + MEMBER_COMES, rested));
+            db.linger.opened = Some((now + MEMBER_COMES, Cause::Opened(rested)));
         }
         true
     }
@@ -270,10 +274,10 @@ impl Server {
                 let Some(db) = self.databases.values_mut().find(of) else { continue };
                 if key == OPENS && !event.mask.contains(AddWatchFlags::IN_IGNORED) {
                     let rested = db.checkpoint_words().map_or(0, |w| w.rested_at.load(SeqCst));
-                    db.linger.opened = Some((now + MEMBER_COMES, rested));
+                    db.linger.opened = Some((now + MEMBER_COMES, Cause::Opened(rested)));
                 } else if key == MOVES && !planted("replaced-file-lingers") {
                     db.linger.until = Some(now);
-                    db.linger.opened = Some((now, u64::MAX));
+                    db.linger.opened = Some((now, Cause::Certain));
                 }
             }
         }
@@ -309,7 +313,8 @@ impl Server {
         }
         let rested_for = Duration::from_micros(futex::micros().saturating_sub(rested));
         let wanted = match opened {
-            Some((_, before)) => before == u64::MAX || before == rested,
+            Some((_, Cause::Certain)) => true,
+            Some((_, Cause::Opened(before))) => before == rested,
             None => time <= rested_for || db.seats.is_empty(),
         };
         if !wanted {
@@ -349,7 +354,7 @@ impl Server {
     pub(super) fn end_all_lingers(&mut self) {
         let now = Instant::now();
         for db in self.databases.values_mut().filter(|d| d.linger.until.is_some()) {
-            db.linger.opened = Some((now, u64::MAX));
+            db.linger.opened = Some((now, Cause::Certain));
         }
     }
 
@@ -363,7 +368,7 @@ impl Server {
         };
         if let Some(db) = self.databases.get_mut(&number).filter(|d| !d.linger.settling) {
             let now = Instant::now();
-            db.linger.opened = Some((now, u64::MAX));
+            db.linger.opened = Some((now, Cause::Certain));
             self.end_linger(number, now);
         }
         true

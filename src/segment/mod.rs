@@ -13,6 +13,7 @@ pub mod futex;
 pub mod gate;
 pub mod hold;
 pub mod layout;
+mod left;
 pub mod mapping;
 pub mod memfd;
 #[cfg(not(feature = "loom"))]

@@ -65,10 +65,6 @@ impl RealFile {
     }
 }
 
-fn modified(st: &FileStat) -> u64 {
-    (st.st_mtime as u64).wrapping_mul(1_000_000_000).wrapping_add(st.st_mtime_nsec as u64)
-}
-
 impl MainFile {
     /// `xLock(EXCLUSIVE)` of a connection that is being closed. True: the database lingers, all of its WAL is in it, and
     /// SQLite leaves the WAL as it is if it is told that others are there. False: SQLite's last close goes its way.
@@ -124,8 +120,7 @@ impl MainFile {
         table.set_copied(0);
         let copied = self.copy_pages(&header, from, wal, real).ok_or_else(left)?;
         words.copied_salts.store(salts, SeqCst);
-        words.size.store(copied.st_size as u64, SeqCst);
-        words.modified.store(modified(&copied), SeqCst);
+        words.note_left(&copied);
         table.set_copied(header.frames());
         Ok(())
     }
@@ -226,10 +221,7 @@ impl MainFile {
     fn is_as_left(&self, real: RealFile, words: &CheckpointWords) -> bool {
         // SAFETY: as in `copy_pages`.
         let fd = unsafe { descriptor(real.file, self.library.unix, Path::new(&self.path)) };
-        let st = fd.and_then(|fd| fstat(fd).ok());
-        st.is_some_and(|st| {
-            st.st_size as u64 == words.size.load(SeqCst) && modified(&st) == words.modified.load(SeqCst)
-        })
+        fd.and_then(|fd| fstat(fd).ok()).is_some_and(|st| words.is_as_left(&st))
     }
 }
 
