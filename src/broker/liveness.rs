@@ -4,7 +4,7 @@
 //! exec'ed). A closed socket alone proves nothing, a forked child may hold the other end; a pid alone proves
 //! nothing, it may have been reused. Whoever cannot be proven dead keeps its seats.
 
-use nix::fcntl::{FcntlArg, fcntl};
+use crate::segment::liveness as byte;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
@@ -48,7 +48,7 @@ pub fn pidfd_of_owner(pid: i32, liveness: impl AsFd) -> Option<OwnedFd> {
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
     // SAFETY: on success a new descriptor that belongs to us.
     let pidfd = (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd as i32) })?;
-    (liveness_owner(liveness) == Some(pid)).then_some(pidfd)
+    (byte::owner(liveness) == Some(pid)).then_some(pidfd)
 }
 
 /// `pidfd_open` of a child of ours that has not been waited for: its number is its own.
@@ -69,18 +69,4 @@ pub fn signal(peer: &Peer, signal: nix::sys::signal::Signal) -> nix::Result<()> 
     // SAFETY: no memory is passed but a null siginfo, which means: as kill(2) would.
     let rc = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal as i32, none, 0) };
     nix::errno::Errno::result(rc).map(drop)
-}
-
-/// The pid that holds the liveness byte; `None`: it is free.
-pub fn liveness_owner(memfd: impl AsFd) -> Option<i32> {
-    // SAFETY: libc::flock is plain data for which all-zero is valid.
-    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-    lock.l_type = libc::F_WRLCK as i16;
-    lock.l_len = 1;
-    match fcntl(&memfd, FcntlArg::F_GETLK(&mut lock)) {
-        Ok(_) if i32::from(lock.l_type) == libc::F_UNLCK => None,
-        Ok(_) => Some(lock.l_pid),
-        // Cannot be asked: not proven free.
-        Err(_) => Some(0),
-    }
 }

@@ -3,6 +3,7 @@
 use super::liveness::{self, Peer};
 use super::outbox::Outbox;
 use crate::segment::layout::LIVENESS_SIZE;
+use crate::segment::liveness as byte;
 use crate::segment::memfd;
 use crate::wire::keeper::{KeptSession, Token};
 use crate::wire::message::{FromBroker, Introduction, SeatKey};
@@ -141,7 +142,7 @@ impl Session {
     /// Its socket is gone and its liveness byte is free: it exec'ed or closed everything; its locks go, as its
     /// POSIX locks would have.
     pub fn let_go(&self) -> bool {
-        let free = || self.liveness.as_ref().is_none_or(|fd| liveness::liveness_owner(fd).is_none());
+        let free = || self.liveness.as_ref().is_none_or(|fd| byte::owner(fd).is_none());
         self.stage == Stage::Silent && free()
     }
 

@@ -1,6 +1,5 @@
 //! What is kept: sessions and databases as the broker has said, with their descriptors.
 
-use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::collections::BTreeMap;
 use std::io;
@@ -12,6 +11,7 @@ use turnstile::segment::atomic::SeqCst;
 use turnstile::segment::gate::Gate;
 use turnstile::segment::hold::Hold;
 use turnstile::segment::layout::{CHECKPOINTER, CLOSED, STATE};
+use turnstile::segment::liveness;
 use turnstile::segment::mapping::ControlMap;
 use turnstile::segment::supervision::{self, Office};
 use turnstile::wire::keeper::{Kept, KeptDatabase, KeptHome, KeptSeat, KeptSession};
@@ -44,12 +44,7 @@ impl Session {
     fn is_dead(&self) -> bool {
         let mut fds = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
         let ended = poll(&mut fds, PollTimeout::ZERO).is_ok_and(|n| n > 0);
-        // SAFETY: libc::flock is plain data for which all-zero is valid.
-        let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-        lock.l_type = libc::F_WRLCK as i16;
-        lock.l_len = 1;
-        let asked = fcntl(&self.liveness, FcntlArg::F_GETLK(&mut lock));
-        ended || asked.is_ok() && i32::from(lock.l_type) == libc::F_UNLCK
+        ended || liveness::owner(&self.liveness).is_none()
     }
 }
 

@@ -14,6 +14,7 @@ pub mod gate;
 pub mod hold;
 pub mod layout;
 mod left;
+pub mod liveness;
 pub mod mapping;
 pub mod memfd;
 #[cfg(not(feature = "loom"))]
