@@ -1,6 +1,7 @@
 """Starting, finding and ending the members' processes."""
 
 import ctypes
+import itertools
 import os
 import signal
 import subprocess
@@ -184,8 +185,10 @@ class Process:
         last = 0.0
         try:
             with open(self.log, "rb") as f:
-                f.seek(max(0, os.fstat(f.fileno()).st_size - 4096))
-                for line in f:
+                begin = max(0, os.fstat(f.fileno()).st_size - 65536)
+                f.seek(begin)
+                # What lies before the first whole line may look like one: the end of "schema has changed".
+                for line in itertools.islice(f, begin > 0, None):
                     words = line.split()
                     if words[:1] and words[0] in (b"a", b"r") and line.endswith(b"\n") and len(words) > 2:
                         last = float(words[1])
