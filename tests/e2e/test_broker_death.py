@@ -479,6 +479,43 @@ def test_another_users_process_is_not_taken_for_the_keeper():
 def test_segments_of_another_version_are_not_taken_over():
     if not os.path.exists(os.path.join(harness.planted_target(), "libturnstile.so")):
         raise Skip("no planted build")
+@fails_without("each-file-waits")
+def test_a_statement_over_two_databases_waits_its_limit_once():
+    """Both are held by one who has died, and nobody is there to clear that."""
+    with Broker(env={"TURNSTILE_WAIT": "2s"}) as broker:
+        one, two = create(broker.path("one.db")), create(broker.path("two.db"))
+        with Other(one, broker) as dies, Other(one, broker) as waits_for_both:
+            for member in (dies, waits_for_both):
+                member.says(f"ATTACH '{two}' AS two")
+            dies.says("BEGIN IMMEDIATE")
+            broker.kill()
+            dies.kill()
+            begun = time.monotonic()
+            waits_for_both.tell("INSERT INTO two.rows SELECT * FROM main.rows")
+            assert "locked" in waits_for_both.heard()
+            waited = time.monotonic() - begun
+            assert 1.9 < waited < 3.6, waited
+            broker.start()
+            waits_for_both.says("INSERT INTO two.rows SELECT * FROM main.rows")
+
+
+@fails_without("silence-is-watched")
+def test_a_member_that_is_silent_costs_nothing():
+    """The broker's wake-ups are counted by its own voluntary context switches."""
+    def wakeups():
+        with open(f"/proc/{broker.pid}/status") as f:
+            return int(re.search(r"^voluntary_ctxt_switches:\s+(\d+)", f.read(), re.M)[1])
+
+    with Broker() as broker:
+        db = create(broker.path("app.db"))
+        with Other(db, broker):
+            restart(broker)
+            time.sleep(2.5)  # it is looked at closely for two seconds
+            before = wakeups()
+            time.sleep(2)
+            assert wakeups() - before <= 6, wakeups() - before
+
+
     before = os.environ.get("TURNSTILE_TARGET")
     os.environ["TURNSTILE_TARGET"] = harness.planted_target()
     try:
