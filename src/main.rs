@@ -2,6 +2,7 @@
 
 mod checkpointer;
 mod cli;
+mod finder;
 mod keeper;
 
 use clap::{Parser, Subcommand};
@@ -35,6 +36,9 @@ enum Command {
     /// Likewise: it outlives the broker.
     #[command(hide = true)]
     Keeper,
+    /// Likewise: it looks for members that were left alone.
+    #[command(hide = true)]
+    Finder,
     #[command(hide = true)]
     DemoWorker(cli::demo::worker::WorkerArgs),
     #[command(hide = true)]
@@ -50,6 +54,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => cli::bench::run(args),
         Command::Checkpointer => checkpointer::run(),
         Command::Keeper => keeper::run(),
+        Command::Finder => finder::run(),
         Command::DemoWorker(args) => cli::demo::worker::run(args),
         Command::BenchWorker(args) => cli::bench::worker::run(args),
     }

@@ -147,6 +147,7 @@ impl Bench {
             limits: Limits { sessions: 10, databases: 3, descriptors: 12 },
             checkpointer: checkpointer.then(|| "/bin/false".into()),
             keeper: None,
+            finder: None,
             linger: Duration::ZERO,
             replace: false,
             ready: None,

@@ -3,6 +3,7 @@
 use super::server::Server;
 use super::session::Stage;
 use std::os::fd::AsFd;
+use std::time::Instant;
 
 impl Server {
     /// Ends a session that broke the rules. Its seats stay until it is proven dead or lets go.
@@ -23,6 +24,7 @@ impl Server {
             self.users.silenced(session, socket);
         }
         session.stage = Stage::Silent;
+        session.since = Instant::now();
         if session.seats.is_empty() {
             self.drop_session(id);
         } else if session.let_go() {

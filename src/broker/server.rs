@@ -3,12 +3,13 @@
 use super::adopting::{self, TakeoverError};
 use super::child::Checkpointer;
 use super::database::{Database, State};
-use super::joining::Forming;
+use super::forming::Forming;
 use super::keeping::Keeping;
 use super::limits::{Limits, Users};
 use super::linger::{self, Lingering};
 use super::listen::{ListenError, Listener, Lock};
 use super::opening::{LOOK_AGAIN, Opening};
+use super::searching::Searching;
 use super::session::{Session, Stage};
 use super::waits::{Cycle, WATCH_TICK};
 use crate::wire::message::{FromBroker, HelloAnswer, PROTOCOL_MAGIC, PROTOCOL_VERSION, ToBroker};
@@ -36,6 +37,7 @@ const SIGNALS: u64 = 1;
 pub(super) const CHECKPOINTER_SOCKET: u64 = 2;
 pub(super) const CHECKPOINTER_PIDFD: u64 = 3;
 pub(super) const KEEPER_SOCKET: u64 = 4;
+pub(super) const SEARCH_SOCKET: u64 = 5;
 /// Epoll keys of a session: its socket's is `8 * id`, its pidfd's one more.
 pub(super) const KEYS: u64 = 8;
 
@@ -56,6 +58,9 @@ pub struct Options {
     pub linger: Duration,
     /// The program that outlives the broker, run with `keeper` as its argument. `None`: nothing outlives it but members.
     pub keeper: Option<PathBuf>,
+    /// The program that looks for members whose broker and keeper were killed, run with `finder` as its argument. `None`:
+    /// they are waited for.
+    pub finder: Option<PathBuf>,
     /// Take over from the broker that serves the socket now.
     pub replace: bool,
     /// Written one byte and closed once the socket listens.
@@ -93,6 +98,7 @@ pub struct Server {
     pub(super) checkpointer: Checkpointer,
     pub(super) lingering: Lingering,
     pub(super) keeping: Keeping,
+    pub(super) searching: Searching,
     pub(super) next_session: u64,
     pub(super) next_database: u32,
     pub(super) started: Instant,
@@ -141,8 +147,11 @@ impl Server {
         let patience =
             if options.replace { adopting::replace(&options.socket)? } else { Duration::from_millis(50) };
         let lock = Lock::take(&options.socket, options.everyone, patience)?;
-        let left = adopting::take_back(&options.socket)?;
-        let listener = Listener::bind(lock, options.everyone)?;
+        let mut left = adopting::take_back(&options.socket)?;
+        let listener = match left.as_mut().and_then(|l| l.listener.take()) {
+            Some(last) => Listener::take_on(lock, options.everyone, last)?,
+            None => Listener::bind(lock, options.everyone)?,
+        };
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(&listener.socket, EpollEvent::new(EpollFlags::EPOLLIN, LISTENER))?;
         let now = Instant::now();
@@ -160,6 +169,7 @@ impl Server {
             checkpointer: Checkpointer::default(),
             lingering,
             keeping: Keeping::default(),
+            searching: Searching::default(),
             next_session: 1,
             next_database: adopting::first_number()?,
             started: now,
@@ -171,8 +181,11 @@ impl Server {
             last_second: now,
             deaf: false,
         };
-        if let Some(left) = left {
-            server.adopt(left);
+        match left {
+            Some(left) => server.adopt(left),
+            // Killed, and its keeper too.
+            None if server.listener.replaced => server.search(now, 1),
+            None => {}
         }
         Ok(server)
     }
@@ -215,6 +228,8 @@ impl Server {
 
     /// What is due.
     pub(super) fn look_after(&mut self, now: Instant) {
+        self.limit_search(now);
+        self.watch_checkpointer(now);
         self.try_forming(now);
         self.open_waiting();
         self.watch(now);
@@ -237,6 +252,7 @@ impl Server {
                 CHECKPOINTER_PIDFD => self.checkpointer_died(),
                 key @ (linger::MOVES | linger::OPENS) => self.file_event(key),
                 KEEPER_SOCKET => self.keeper_event(event.events()),
+                SEARCH_SOCKET => self.search_event(),
                 key if key % KEYS == 0 => self.socket_event(key / KEYS, event.events()),
                 key => self.session_died(key / KEYS, "its process ended"),
             }
@@ -256,13 +272,14 @@ impl Server {
         if let Some(first) = self.forming.first() {
             at(first.next_try);
         }
-        let anybody_silent = self.sessions.values().any(|s| s.stage == Stage::Silent);
+        let anybody_silent = self.sessions.values().any(|s| s.has_just_fallen_silent(now));
         let paused = self.databases.values().any(|d| d.checkpoints.is_paused());
         if anybody_waits || anybody_silent || paused || self.deaf || self.stopping.is_some() {
             at(self.last_tick + TICK);
         } else {
             at(self.last_tick + Duration::from_secs(1));
         }
+        self.searching.limit().into_iter().chain(self.next_look()).for_each(&mut at);
         if let Some(next) = self.next_linger() {
             at(next);
         }
@@ -340,6 +357,7 @@ impl Server {
 
     fn tick(&mut self, now: Instant) {
         self.hear_again();
+        self.searching.reap();
         if now.duration_since(self.last_second) >= Duration::from_secs(1) {
             self.last_second = now;
             self.users.tick();

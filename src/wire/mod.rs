@@ -3,6 +3,7 @@
 //! `SOCK_SEQPACKET`: one packet is one message, postcard-encoded; descriptors ride along by `SCM_RIGHTS`.
 
 pub mod checkpoint;
+pub mod finder;
 pub mod keeper;
 pub mod message;
 pub mod socket;
