@@ -4,6 +4,7 @@ mod checkpointer;
 mod cli;
 mod finder;
 mod keeper;
+mod receiver;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -39,6 +40,9 @@ enum Command {
     /// Likewise: it looks for members that were left alone.
     #[command(hide = true)]
     Finder,
+    /// Likewise: it receives what other users send.
+    #[command(hide = true)]
+    Receiver,
     #[command(hide = true)]
     DemoWorker(cli::demo::worker::WorkerArgs),
     #[command(hide = true)]
@@ -55,6 +59,7 @@ fn main() -> ExitCode {
         Command::Checkpointer => checkpointer::run(),
         Command::Keeper => keeper::run(),
         Command::Finder => finder::run(),
+        Command::Receiver => receiver::run(),
         Command::DemoWorker(args) => cli::demo::worker::run(args),
         Command::BenchWorker(args) => cli::bench::worker::run(args),
     }

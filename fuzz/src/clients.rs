@@ -148,6 +148,7 @@ impl Bench {
             checkpointer: checkpointer.then(|| "/bin/false".into()),
             keeper: None,
             finder: None,
+            receiver: None,
             linger: Duration::ZERO,
             replace: false,
             ready: None,

@@ -137,9 +137,11 @@ impl Server {
         home: KeptHome,
         fds: Vec<OwnedFd>,
     ) -> io::Result<()> {
-        let Ok([control, wal_index, held]) = <[OwnedFd; 3]>::try_from(fds) else {
+        let mut fds = fds.into_iter();
+        let (Some(control), Some(wal_index), Some(held)) = (fds.next(), fds.next(), fds.next()) else {
             return Err(io::Error::other("not all of its descriptors arrived"));
         };
+        let sent = fds.next();
         let home = Home { directory: Identity { device: home.device, inode: home.inode }, name: home.name };
         if let Some(db) = self.databases.get(&number) {
             // Another member of it was first: this one proves that it is one.
@@ -156,7 +158,9 @@ impl Server {
                 false => Err(io::Error::other("its number is another database's")),
             };
         }
-        let database = hold::copy(&held).ok_or_else(|| io::Error::other("it does not hold its gate"))?;
+        // Another user's has been taken out of there already, by whoever received this.
+        let gate = if self.is_foreign(id) { sent } else { hold::copy(&held) };
+        let database = gate.ok_or_else(|| io::Error::other("it does not hold its gate"))?;
         let Some(session) = self.sessions.get(&id) else { return Err(io::ErrorKind::NotFound.into()) };
         let uid = session.peer.uid;
         // The filesystem first, as for a join.

@@ -5,10 +5,12 @@ use super::child::Checkpointer;
 use super::database::{Database, State};
 use super::forming::Forming;
 use super::keeping::Keeping;
-use super::limits::{Limits, Users};
+use super::limits::Users;
 use super::linger::{self, Lingering};
 use super::listen::{ListenError, Listener, Lock};
 use super::opening::{LOOK_AGAIN, Opening};
+use super::options::Options;
+use super::receiving::Receivers;
 use super::searching::Searching;
 use super::session::{Session, Stage};
 use super::waits::{Cycle, WATCH_TICK};
@@ -20,7 +22,6 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// How often sessions without a socket, gates and long waits are looked at.
@@ -40,32 +41,8 @@ pub(super) const KEEPER_SOCKET: u64 = 4;
 pub(super) const SEARCH_SOCKET: u64 = 5;
 /// Epoll keys of a session: its socket's is `8 * id`, its pidfd's one more.
 pub(super) const KEYS: u64 = 8;
-
-#[derive(Clone, Debug)]
-pub struct Options {
-    pub socket: PathBuf,
-    /// Any uid may connect.
-    pub everyone: bool,
-    /// Exit after this long without members.
-    pub idle_exit: Option<Duration>,
-    /// Take databases on filesystems that are refused otherwise, from anyone.
-    pub allow_unsafe: bool,
-    /// What one user may have here.
-    pub limits: Limits,
-    /// The program that checkpoints, run with `checkpointer` as its argument. `None`: members do it themselves.
-    pub checkpointer: Option<PathBuf>,
-    /// How long a database stays after its last close, once it was opened again so soon; zero: it does not.
-    pub linger: Duration,
-    /// The program that outlives the broker, run with `keeper` as its argument. `None`: nothing outlives it but members.
-    pub keeper: Option<PathBuf>,
-    /// The program that looks for members whose broker and keeper were killed, run with `finder` as its argument. `None`:
-    /// they are waited for.
-    pub finder: Option<PathBuf>,
-    /// Take over from the broker that serves the socket now.
-    pub replace: bool,
-    /// Written one byte and closed once the socket listens.
-    pub ready: Option<i32>,
-}
+/// And of a receiver, with a number of its own.
+pub(super) const RECEIVER: u64 = 2;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
@@ -99,6 +76,7 @@ pub struct Server {
     pub(super) lingering: Lingering,
     pub(super) keeping: Keeping,
     pub(super) searching: Searching,
+    pub(super) receivers: Receivers,
     pub(super) next_session: u64,
     pub(super) next_database: u32,
     pub(super) started: Instant,
@@ -170,6 +148,7 @@ impl Server {
             lingering,
             keeping: Keeping::default(),
             searching: Searching::default(),
+            receivers: Receivers::default(),
             next_session: 1,
             next_database: adopting::first_number()?,
             started: now,
@@ -254,6 +233,7 @@ impl Server {
                 KEEPER_SOCKET => self.keeper_event(event.events()),
                 SEARCH_SOCKET => self.search_event(),
                 key if key % KEYS == 0 => self.socket_event(key / KEYS, event.events()),
+                key if key % KEYS == RECEIVER => self.receiver_event(key / KEYS),
                 key => self.session_died(key / KEYS, "its process ended"),
             }
         }
@@ -279,7 +259,8 @@ impl Server {
         } else {
             at(self.last_tick + Duration::from_secs(1));
         }
-        self.searching.limit().into_iter().chain(self.next_look()).for_each(&mut at);
+        let limits = [self.searching.limit(), self.next_look(), self.receivers.limit()];
+        limits.into_iter().flatten().for_each(&mut at);
         if let Some(next) = self.next_linger() {
             at(next);
         }
@@ -296,9 +277,12 @@ impl Server {
         }
         for _ in 0..MOST_A_ROUND {
             let Some(socket) = self.sessions.get(&id).and_then(|s| s.socket.as_ref()) else { return };
+            if self.is_foreign(id) && socket::has_descriptors(socket).unwrap_or(false) {
+                return self.receive_elsewhere(id);
+            }
             match socket::receive_any(socket) {
                 Ok(packet) => {
-                    if let Err(reason) = self.received(id, packet) {
+                    if let Err(reason) = self.received(id, packet, None) {
                         self.end_session(id, &reason);
                         return;
                     }
@@ -358,6 +342,7 @@ impl Server {
     fn tick(&mut self, now: Instant) {
         self.hear_again();
         self.searching.reap();
+        self.limit_receivers(now);
         if now.duration_since(self.last_second) >= Duration::from_secs(1) {
             self.last_second = now;
             self.users.tick();

@@ -100,6 +100,7 @@ pub fn run(args: ServeArgs) -> ExitCode {
         linger: args.linger,
         keeper: (!args.no_keeper).then(|| PathBuf::from("/proc/self/exe")),
         finder: Some(PathBuf::from("/proc/self/exe")),
+        receiver: Some(PathBuf::from("/proc/self/exe")),
         replace: args.replace,
         ready: args.ready_fd,
     };

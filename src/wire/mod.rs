@@ -6,6 +6,7 @@ pub mod checkpoint;
 pub mod finder;
 pub mod keeper;
 pub mod message;
+pub mod receiver;
 pub mod socket;
 
 /// Largest packet in bytes, either way.

@@ -282,9 +282,10 @@ for line in sys.stdin:
 class Other:
     """A member in a process of its own, which does what it is told."""
 
-    def __init__(self, path, broker):
+    def __init__(self, path, broker, uid=None):
+        user = {"user": uid, "group": uid, "extra_groups": []} if uid else {}
         self.process = subprocess.Popen([PYTHON, "-c", IDLE, harness.HERE, path], env=broker.env, text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, **user)
         self.says("SELECT 1")
 
     def __enter__(self):

@@ -1,6 +1,7 @@
 """Broker and keeper are both killed: the next broker finds the members in their processes, whether they have anything to
 say or not, and believes nobody who imitates them."""
 
+import contextlib
 import fcntl
 import os
 import re
@@ -10,7 +11,7 @@ import subprocess
 
 import harness
 from harness import (Broker, PYTHON, connect, create, fails_without, plain, timeout)
-from test_broker_death import Other, kill_both, loaded, shut_to_plain
+from test_broker_death import Other, kill_both, loaded, planted_build, shut_to_plain
 from test_foreign import STRANGER, as_user, root_only
 
 CONTROL_SIZE, WAL_INDEX_SIZE = 8192 + 1024 * 128, 1 << 30
@@ -110,6 +111,25 @@ def test_a_reader_who_may_only_read_is_found():
             assert reader.do("count", "a") == "1"
             writer.says("INSERT INTO rows VALUES('w', 2)")
             assert reader.do("count", "a") == "2"
+
+
+@fails_without("sockets-are-strange")
+def test_a_member_of_another_user_hands_everything_back():
+    """What it sends is received elsewhere; what holds the gate is a socket."""
+    root_only()
+    with planted_build("members-not-looked-for") as planted, Broker("--everyone", "yes", env=planted) as broker:
+        db = create(broker.path("app.db"))
+        for path, mode in ((broker.dir, 0o777), (db, 0o666)):
+            os.chmod(path, mode)
+        with Other(db, broker, STRANGER) as member:
+            member.says("INSERT INTO rows VALUES('s', 1)")
+            kill_both(broker)
+            broker.start()
+            member.says("more")
+            with contextlib.closing(connect(db, broker=broker, mode="gated")) as c:
+                c.execute("INSERT INTO rows VALUES('c', 1)")
+            assert [m["uid"] for m in broker.members(db)] == [STRANGER] * 2, broker.members(db)
+            member.says("INSERT INTO rows VALUES('s', 2)")
 
 
 # --- imitations -----------------------------------------------------------------------------------------------
