@@ -12,7 +12,7 @@ import traceback
 
 import harness
 from harness import (Broker, PYTHON, PlainError, Skip, Workers, check_rows, connect, create, fails_without, plain,
-                     status_of, timeout, wait_until)
+                     status_of, timeout, wait_until, waits)
 
 # The long form: `KILLS=200 python3 tests/e2e/run.py --only killed_under_load`.
 KILLS = int(os.environ.get("KILLS", "12"))
@@ -145,7 +145,7 @@ def loaded(broker, rounds, change, stays=stays):
 
 
 @timeout(900)
-@fails_without("keeper-told-nothing")
+@fails_without("keeper-told-nothing,members-not-looked-for")
 def test_killed_under_load():
     """No transaction of a member fails, nothing acknowledged is lost, and newcomers are in at once."""
     with Broker() as broker:
@@ -322,7 +322,7 @@ def shut_to_plain(path):
     return False
 
 
-@fails_without("keeper-told-nothing")
+@fails_without("keeper-told-nothing,members-not-looked-for")
 def test_an_idle_member_keeps_nobody_out_once_a_broker_is_back():
     with Broker() as broker:
         db = create(broker.path("app.db"))
@@ -340,7 +340,7 @@ def test_an_idle_member_keeps_nobody_out_once_a_broker_is_back():
             assert plain(db, "SELECT count(*) FROM rows") == [["2"]]
 
 
-@fails_without("keeper-told-nothing")
+@fails_without("keeper-told-nothing,members-not-looked-for")
 def test_who_dies_while_no_broker_is_there_is_cleared_by_the_next():
     with Broker(env={"TURNSTILE_WAIT": "2s"}) as broker:
         db = create(broker.path("app.db"))
@@ -480,6 +480,7 @@ def test_who_left_without_a_broker_has_left():
             c.close()
 
 
+@waits
 @fails_without("each-file-waits")
 def test_a_statement_over_two_databases_waits_its_limit_once():
     """Both are held by one who has died, and nobody is there to clear that."""
@@ -500,6 +501,7 @@ def test_a_statement_over_two_databases_waits_its_limit_once():
             waits_for_both.says("INSERT INTO two.rows SELECT * FROM main.rows")
 
 
+@waits
 @fails_without("silence-is-watched")
 def test_a_member_that_is_silent_costs_nothing():
     """The broker's wake-ups are counted by its own voluntary context switches."""
