@@ -277,8 +277,15 @@ impl Server {
         }
         for _ in 0..MOST_A_ROUND {
             let Some(socket) = self.sessions.get(&id).and_then(|s| s.socket.as_ref()) else { return };
-            if self.is_foreign(id) && socket::has_descriptors(socket).unwrap_or(false) {
-                return self.receive_elsewhere(id);
+            if self.is_foreign(id) {
+                match socket::has_descriptors(socket) {
+                    Ok(true) => return self.receive_elsewhere(id),
+                    // What is received next is this packet, or the end.
+                    Ok(false) => {}
+                    // What comes from now on has not been looked at.
+                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                    Err(_) => return self.silence(id),
+                }
             }
             match socket::receive_any(socket) {
                 Ok(packet) => {
