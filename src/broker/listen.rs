@@ -138,13 +138,11 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
 
 /// Binds under a temporary name and renames: whoever finds the path finds a socket that listens.
 pub(super) fn listen_at(path: &Path, everyone: bool) -> io::Result<OwnedFd> {
-    if let Ok(meta) = fs::symlink_metadata(path) {
-        if !meta.file_type().is_socket() {
-            return Err(io::Error::new(
-                io::ErrorKind::AlreadyExists,
-                "a file that is not a socket is in the way",
-            ));
-        }
+    if fs::symlink_metadata(path).is_ok_and(|meta| !meta.file_type().is_socket()) {
+        return Err(io::Error::new(
+            io::ErrorKind::AlreadyExists,
+            "a file that is not a socket is in the way",
+        ));
     }
     let temporary = with_suffix(path, ".new");
     let _ = fs::remove_file(&temporary);
