@@ -9,9 +9,9 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 /// After an order has been out for so long it is looked at, so often.
-pub const LOOK: Duration = Duration::from_millis(200);
+pub const LOOK: Duration = Duration::from_secs(1);
 /// How long it may stay stopped then.
-const STAYS: Duration = Duration::from_millis(600);
+const STAYS: Duration = Duration::from_secs(2);
 
 impl Server {
     /// When the checkpointer is to be looked at.
@@ -29,8 +29,7 @@ impl Server {
         running.looked = Some(now);
         let pid = running.child.id();
         if !is_stopped(pid) {
-            // It may have been told to go on just now, and be stopped again.
-            running.stopped = running.stopped.filter(|since| now.duration_since(*since) < 4 * STAYS);
+            running.stopped = None;
             return;
         }
         match running.stopped {
