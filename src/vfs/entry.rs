@@ -2,7 +2,8 @@
 
 use super::adopt;
 use super::api::{Library, read_routines, say};
-use super::note;
+use super::autocheckpoint;
+use super::note::{self, Note};
 use super::open::{delete, open};
 use super::waiting::sleep;
 use crate::client::autostart::own_path;
@@ -56,6 +57,9 @@ unsafe extern "C" fn trace_new(db: *mut ffi::sqlite3, _: *mut *mut c_char, routi
             && adopt::is_brokered(library, db)
         {
             note::trace(library, db);
+            if planted("autocheckpoint-set-early") {
+                autocheckpoint::look(library, db, &Note::of(library, db).automatic);
+            }
         }
     });
     ffi::SQLITE_OK

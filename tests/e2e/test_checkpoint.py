@@ -125,6 +125,28 @@ def test_an_application_finds_its_own_settings():
         db.close()
 
 
+@fails_without("autocheckpoint-set-early")
+def test_members_do_not_checkpoint_while_the_broker_does():
+    """SQLite sets a connection's automatic checkpoint after the auto-extensions have run: what is set there is lost."""
+    with Broker() as broker:
+        path = made(broker)
+        db = traced(path, broker)
+        db.execute("PRAGMA synchronous=NORMAL")
+        for seq in range(600):
+            db.execute("INSERT INTO rows VALUES(0, ?, ?)", (seq, "x" * 3000))
+        wait_until(lambda: checkpoints(broker, path)["done"], what="the broker's checkpoint")
+        pid, size = pid_of_checkpointer(broker), os.path.getsize(path)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            for seq in range(1500):
+                db.execute("INSERT INTO rows VALUES(1, ?, ?)", (seq, "x" * 3000))
+            assert frames(path) > 1400, frames(path)
+            assert os.path.getsize(path) == size, "a member has copied frames into the database"
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        db.close()
+
+
 @fails_without("attached-forgotten")
 def test_another_database_of_the_connection_is_checkpointed_too():
     with Broker() as broker:
