@@ -79,7 +79,8 @@ unsafe fn enter(
         let api = unsafe { read_routines(routines) }.map_err(|reason| (None, reason))?;
         let library = register(api).map_err(|reason| (None, reason))?;
         let settings = Config::from_environment().map_err(|e| (Some(library), e.to_string()));
-        settings.and_then(|_| adopt::connection(library, db).map_err(|reason| (Some(library), reason)))
+        settings
+            .and_then(|_| adopt::connection(library, db, !strict).map_err(|reason| (Some(library), reason)))
     }));
     match entered {
         Ok(Ok(())) => ffi::SQLITE_OK,
