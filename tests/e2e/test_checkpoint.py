@@ -135,9 +135,11 @@ def test_members_do_not_checkpoint_while_the_broker_does():
         for seq in range(600):
             db.execute("INSERT INTO rows VALUES(0, ?, ?)", (seq, "x" * 3000))
         wait_until(lambda: checkpoints(broker, path)["done"], what="the broker's checkpoint")
-        pid, size = pid_of_checkpointer(broker), os.path.getsize(path)
+        pid = pid_of_checkpointer(broker)
         os.kill(pid, signal.SIGSTOP)
         try:
+            wait_until(lambda: open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] == "T", what="the stop")
+            size = os.path.getsize(path)
             for seq in range(1500):
                 db.execute("INSERT INTO rows VALUES(1, ?, ?)", (seq, "x" * 3000))
             assert frames(path) > 1400, frames(path)
@@ -145,6 +147,26 @@ def test_members_do_not_checkpoint_while_the_broker_does():
         finally:
             os.kill(pid, signal.SIGCONT)
         db.close()
+
+
+@timeout(90)
+def test_a_wal_that_begins_anew_is_cut_to_the_applications_size_limit():
+    """The broker has it begin anew without cutting the file; the limit is a connection's, at its next commit."""
+    with Broker() as broker:
+        path = made(broker)
+        db = traced(path, broker)
+        db.execute("PRAGMA journal_size_limit=400000")
+        record = Record(broker.record)
+        longest, seq = 0, 0
+        while (length := os.path.getsize(path + "-wal") if seq else 0) >= longest or not checkpoints(broker, path)["done"]:
+            longest = max(longest, length)
+            db.execute("INSERT INTO rows VALUES(0, ?, ?)", (seq, "x" * 3000))
+            record.add(0, seq)
+            seq += 1
+        assert longest > 1000 * FRAME, longest
+        assert length <= 400000, (length, longest)
+        db.close()
+        check_rows(path, broker.record)
 
 
 @fails_without("attached-forgotten")
