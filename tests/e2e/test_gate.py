@@ -490,6 +490,7 @@ def test_overlay_and_tmpfs_are_accepted_where_the_gate_is_seen():
             run(["umount", top])
 
 
+@fails_without("peers-by-number")
 @timeout(60)
 def test_a_broker_in_another_pid_namespace_sees_its_clients_die():
     """A sidecar: it learns of a client's death by SO_PEERPIDFD, not by a number that means another process."""

@@ -173,6 +173,26 @@ sys.exit(subprocess.run([sys.executable, "-c", *sys.argv[1:]]).returncode)
     four_writers(lambda db, name, rows: wrapped(PYTHON, "-c", parent, WRITER, db, name, str(rows)))
 
 
+@harness.fails_without("names-at-open")
+def test_a_shared_cache_is_opened_while_its_schema_is_changed():
+    """Whatever is prepared on a connection that is just opening fails then, and SQLite would fail the open with it."""
+    script = """
+import sqlite3, sys
+def opened():
+    return sqlite3.connect(f"file:{sys.argv[1]}?cache=shared", uri=True, isolation_level=None)
+one = opened()
+one.execute("BEGIN")
+one.execute("CREATE TABLE more(x)")
+two = opened()
+one.execute("COMMIT")
+two.execute("INSERT INTO more VALUES(1)")
+"""
+    with Broker() as broker:
+        db = create(broker.path("app.db"))
+        run(wrapped(PYTHON, "-c", script, db), env=env_of(broker))
+        assert plain(db, "SELECT count(*) FROM more", retry=2) == [["1"]]
+
+
 def test_a_plain_connection_is_brokered():
     with Broker() as broker:
         db = create(broker.path("app.db"))

@@ -8,6 +8,7 @@ import time
 
 from harness import (Broker, PlainShell, Workers, check_rows, connect, create, fails_without, is_busy, lib, plain,
                      run_workers, status_of, timeout, wait_until)
+from test_checkpoint import traced
 
 
 def filled(broker, name="app.db", journal="wal", rows=200_000):
@@ -310,6 +311,30 @@ def test_a_thread_that_waits_for_itself_goes_on():
         two.execute("INSERT INTO rows VALUES('x', 2)")
         one.close()
         two.close()
+
+
+@fails_without("stale-note-trusted", attempts=3)
+def test_a_note_does_not_outlive_its_statement():
+    """`SELECT 1` is noted and reads no file, so nothing ends the note but the next statement; and the one that a blob
+    is opened by is not traced."""
+    with Broker() as broker:
+        db = create(broker.path("app.db"))
+        plain(db, "CREATE TABLE blobs(data BLOB); INSERT INTO blobs VALUES(zeroblob(1000))")
+        mine = traced(db, broker)
+        with PlainShell(db, env=broker.env) as other:
+            other.run(f".load {lib()}")
+            other.run("BEGIN IMMEDIATE; INSERT INTO rows VALUES('o', 1)")
+            mine.execute("SELECT count(*) FROM blobs").fetchone()  # the schema, which would end a note
+            mine.execute("SELECT 1").fetchone()
+            end = threading.Timer(0.3, other.run, ["COMMIT"])
+            end.start()
+            try:
+                with mine.blobopen("blobs", "data", 1) as blob:  # waits for its turn
+                    blob.write(b"x")
+            finally:
+                end.join()
+        assert mine.execute("SELECT count(*) FROM rows").fetchone() == (1,)
+        mine.close()
 
 
 def test_blob_writes_and_backups_get_through():
