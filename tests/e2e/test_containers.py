@@ -19,7 +19,7 @@ sys.path.insert(0, HERE)
 # How often a broker's container is ended under load. The long form: `ROUNDS=50 python3 tests/e2e/run.py --only under_load`.
 ROUNDS = int(os.environ.get("ROUNDS", "2"))
 
-from engine import Containers, HostBroker, Podman, Sidecar, containers  # noqa: E402
+from engine import SOCKET, Containers, HostBroker, Podman, Sidecar, containers  # noqa: E402
 
 
 def grown(broker, what, rows=50, timeout=30):
@@ -137,6 +137,17 @@ def test_a_reader_with_a_read_only_mount_sees_every_commit():
             grown(broker, "the writer to go on")
             w.end()
         check_rows(db, broker.record)
+
+
+@timeout(60)
+def test_a_reader_with_a_read_only_mount_and_nobody_else_is_where_plain_sqlite_leaves_it():
+    """A database in WAL mode cannot be read without -wal and -shm, which it cannot make."""
+    with HostBroker() as broker, containers(broker) as engine:
+        broker.database_for_all()
+        read = "import sqlite3; sqlite3.connect('file:/data/app.db?mode=ro', uri=True).execute('SELECT * FROM rows')"
+        for command in (engine.reader("reader", 0, data="ro"), engine.command("plain", ["python3", "-c", read], data="ro")):
+            done = run(command, input="go\n", env=engine.env, check=False)
+            assert done.returncode and "unable to open database file" in done.stderr, done
 
 
 # --- deaths -----------------------------------------------------------------------------------------------------
@@ -289,6 +300,17 @@ def test_two_brokers_on_one_database_by_mistake_is_an_error_of_its_own():
             assert "another broker has it" in message, message
             c.end()
         check_rows(db, one.record)
+
+
+@timeout(60)
+def test_a_second_broker_does_not_take_the_socket_and_says_so():
+    """Nor does `--replace` reach one in another container: no signal leads there."""
+    with Sidecar() as broker, containers(broker) as engine:
+        for name, more, says in (("second", [], "already serves"), ("next", ["--replace"], "another pid namespace")):
+            command = engine.command(name, ["turnstile", "serve", "--socket", SOCKET, *more], data="ro")
+            done = run(command, input="", env=engine.env, check=False)
+            assert done.returncode and says in done.stderr, done
+        assert broker.status()["broker"]
 
 
 @timeout(60)
