@@ -125,6 +125,26 @@ def test_an_application_finds_its_own_settings():
         db.close()
 
 
+@timeout(90)
+def test_a_wal_that_begins_anew_is_cut_to_the_applications_size_limit():
+    """The broker has it begin anew without cutting the file; the limit is a connection's, at its next commit."""
+    with Broker() as broker:
+        path = made(broker)
+        db = traced(path, broker)
+        db.execute("PRAGMA journal_size_limit=400000")
+        record = Record(broker.record)
+        longest, seq = 0, 0
+        while (length := os.path.getsize(path + "-wal") if seq else 0) >= longest or not checkpoints(broker, path)["done"]:
+            longest = max(longest, length)
+            db.execute("INSERT INTO rows VALUES(0, ?, ?)", (seq, "x" * 3000))
+            record.add(0, seq)
+            seq += 1
+        assert longest > 1000 * FRAME, longest
+        assert length <= 400000, (length, longest)
+        db.close()
+        check_rows(path, broker.record)
+
+
 @fails_without("attached-forgotten")
 def test_another_database_of_the_connection_is_checkpointed_too():
     with Broker() as broker:
