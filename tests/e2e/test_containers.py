@@ -16,7 +16,8 @@ from harness import Programs, Skip, Workers, check_rows, connect, fails_without,
 HERE = os.path.join(harness.ROOT, "tests", "containers")
 sys.path.insert(0, HERE)
 
-# How often a broker's container is ended under load. The long form: `ROUNDS=50 python3 tests/e2e/run.py --only under_load`.
+# How often a broker's container is ended under load. The long form:
+# ROUNDS=50 python3 tests/e2e/run.py --only test_containers.*under_load
 ROUNDS = int(os.environ.get("ROUNDS", "2"))
 
 from engine import SOCKET, Containers, HostBroker, Podman, Sidecar, containers  # noqa: E402
@@ -145,7 +146,8 @@ def test_a_reader_with_a_read_only_mount_and_nobody_else_is_where_plain_sqlite_l
     with HostBroker() as broker, containers(broker) as engine:
         broker.database_for_all()
         read = "import sqlite3; sqlite3.connect('file:/data/app.db?mode=ro', uri=True).execute('SELECT * FROM rows')"
-        for command in (engine.reader("reader", 0, data="ro"), engine.command("plain", ["python3", "-c", read], data="ro")):
+        plain = engine.command("plain", ["python3", "-c", read], data="ro")
+        for command in (engine.reader("reader", 0, data="ro"), plain):
             done = run(command, input="go\n", env=engine.env, check=False)
             assert done.returncode and "unable to open database file" in done.stderr, done
 
