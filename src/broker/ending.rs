@@ -34,12 +34,14 @@ impl Server {
     }
 
     pub(super) fn drop_session(&mut self, id: u64) {
-        let Some(session) = self.sessions.remove(&id) else { return };
+        let Some(mut session) = self.sessions.remove(&id) else { return };
+        let proven = std::mem::take(&mut session.proven);
         self.keeping.session_gone(&session);
         self.users.left(&session);
         if let Some(pidfd) = &session.peer.pidfd {
             let _ = self.epoll.delete(pidfd);
         }
+        self.let_go_if_unclaimed(proven);
     }
 
     pub(super) fn session_died(&mut self, id: u64, how: &str) {
