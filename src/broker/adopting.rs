@@ -45,6 +45,11 @@ pub enum TakeoverError {
     Occupied,
     #[error("cannot replace the broker (pid {0}): {1}")]
     Irreplaceable(i32, io::Error),
+    #[error(
+        "cannot replace the broker: it is in another pid namespace, where no signal from here goes. End it with SIGUSR2 \
+         there (`docker kill --signal USR2`), which leaves its databases to their members, and start without --replace"
+    )]
+    OutOfSight,
 }
 
 /// A keeper that has given everything back, and what that is.
@@ -158,7 +163,8 @@ pub fn replace(broker: &Path) -> Result<Duration, super::ServeError> {
     let Ok(socket) = socket::connect_to(broker) else { return Ok(REPLACED_WITHIN) };
     let peer = peer_of(&socket)?;
     if let Err(e) = liveness::signal(&peer, nix::sys::signal::Signal::SIGUSR2) {
-        return Err(TakeoverError::Irreplaceable(peer.pid, e.into()).into());
+        let seen = |e: nix::Error| TakeoverError::Irreplaceable(peer.pid, e.into());
+        return Err(if peer.pid == 0 { TakeoverError::OutOfSight } else { seen(e) }.into());
     }
     tracing::info!(pid = peer.pid, "replacing the broker");
     Ok(REPLACED_WITHIN)

@@ -2,6 +2,7 @@
 
 use super::server::Server;
 use super::session::Stage;
+use crate::planted::planted;
 use std::os::fd::AsFd;
 use std::time::Instant;
 
@@ -33,16 +34,21 @@ impl Server {
     }
 
     pub(super) fn drop_session(&mut self, id: u64) {
-        let Some(session) = self.sessions.remove(&id) else { return };
+        let Some(mut session) = self.sessions.remove(&id) else { return };
+        let proven = std::mem::take(&mut session.proven);
         self.keeping.session_gone(&session);
         self.users.left(&session);
         if let Some(pidfd) = &session.peer.pidfd {
             let _ = self.epoll.delete(pidfd);
         }
+        self.let_go_if_unclaimed(proven);
     }
 
     pub(super) fn session_died(&mut self, id: u64, how: &str) {
         let Some(session) = self.sessions.get(&id) else { return };
+        if planted("deaths-unnoticed") {
+            return;
+        }
         let seats: Vec<_> = session.seats.iter().copied().collect();
         if !seats.is_empty() {
             tracing::info!(session = id, client = session.label(), seats = seats.len(), "cleared: {how}");

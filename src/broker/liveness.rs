@@ -4,6 +4,7 @@
 //! exec'ed). A closed socket alone proves nothing, a forked child may hold the other end; a pid alone proves
 //! nothing, it may have been reused. Whoever cannot be proven dead keeps its seats.
 
+use crate::planted::planted;
 use crate::segment::liveness as byte;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -23,10 +24,18 @@ pub struct Peer {
 /// Reads the peer's credentials and its pidfd from the socket.
 pub fn peer_of(socket: impl AsFd) -> nix::Result<Peer> {
     let credentials = getsockopt(&socket, PeerCredentials)?;
-    Ok(Peer { uid: credentials.uid(), pid: credentials.pid(), pidfd: peer_pidfd(&socket) })
+    let pidfd = match planted("peers-by-number") {
+        true => pidfd_of_child(credentials.pid()),
+        false => peer_pidfd(&socket),
+    };
+    Ok(Peer { uid: credentials.uid(), pid: credentials.pid(), pidfd })
 }
 
 fn peer_pidfd(socket: impl AsFd) -> Option<OwnedFd> {
+    // What kernels before 6.5 say.
+    if planted("no-peerpidfd") {
+        return None;
+    }
     let mut fd: i32 = -1;
     let mut length = size_of::<i32>() as libc::socklen_t;
     // SAFETY: the kernel writes one int into `fd`, which is as large as `length` says.

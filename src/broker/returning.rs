@@ -13,6 +13,7 @@ use crate::segment::memfd;
 use crate::wire::keeper::{KeptHome, Token};
 use crate::wire::message::{Claim, FromBroker, SeatKey};
 use nix::sys::stat::fstat;
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Instant;
@@ -66,15 +67,14 @@ impl Server {
     /// Seats that the session says it has.
     pub(super) fn claim(&mut self, id: u64, request: u64, seats: Vec<Claim>, last: bool) {
         let lost = seats.into_iter().filter(|c| !self.is_claimed(id, c)).map(|c| c.seat).collect();
-        let unclaimed = match self.sessions.get_mut(&id) {
-            Some(session) if last && !planted("unclaimed-seats-stay") => {
-                std::mem::take(&mut session.unclaimed)
+        if let Some(session) = self.sessions.get_mut(&id).filter(|_| last) {
+            let proven = std::mem::take(&mut session.proven);
+            let unclaimed = std::mem::take(&mut session.unclaimed);
+            // Given up, or granted, and the other side has not heard of it.
+            for key in unclaimed.into_iter().filter(|_| !planted("unclaimed-seats-stay")) {
+                self.remove_seat(key);
             }
-            _ => Default::default(),
-        };
-        // Given up, or granted, and the other side has not heard of it.
-        for key in unclaimed {
-            self.remove_seat(key);
+            self.let_go_if_unclaimed(proven);
         }
         self.send(id, &FromBroker::Claimed { id: request, lost });
     }
@@ -125,8 +125,16 @@ impl Server {
         }
         if let (true, Some(session)) = (taken.is_ok(), self.sessions.get_mut(&id)) {
             session.proven.insert(number);
+            self.offer_adopted();
         }
         self.send(id, &FromBroker::Resumed { id: request, known: taken.is_ok() });
+    }
+
+    /// Nobody is about to claim seats of these databases any more, as far as this session is concerned.
+    pub(super) fn let_go_if_unclaimed(&mut self, proven: BTreeSet<u32>) {
+        for number in proven {
+            self.drop_if_unused(number);
+        }
     }
 
     fn take_handed_back(
@@ -206,6 +214,11 @@ impl Server {
     pub(super) fn abandon_if_unclaimed(&mut self, number: u32) -> bool {
         let Some(db) = self.databases.get(&number) else { return true };
         if db.seats.is_empty() || db.seats.values().any(|s| s.session != NOBODY) {
+            return false;
+        }
+        // Who has just handed it back says next which seats are its own.
+        if self.sessions.values().any(|s| s.proven.contains(&number)) && !planted("abandoned-before-claimed")
+        {
             return false;
         }
         tracing::warn!(

@@ -73,6 +73,7 @@ fn introduce(
     let welcome = await_packet(path, &socket, limit)?;
     match welcome.decode().map_err(io_error)? {
         FromBroker::Welcome { broker_pid, token, .. } => Ok(Welcome { socket, broker_pid, token }),
+        FromBroker::Refused { reason, .. } => Err(ConnectError::Stranger(path.to_owned(), reason)),
         _ => Err(ConnectError::Stranger(path.to_owned(), "it did not say welcome".into())),
     }
 }

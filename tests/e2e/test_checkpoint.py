@@ -125,6 +125,30 @@ def test_an_application_finds_its_own_settings():
         db.close()
 
 
+@fails_without("autocheckpoint-set-early")
+def test_members_do_not_checkpoint_while_the_broker_does():
+    """SQLite sets a connection's automatic checkpoint after the auto-extensions have run: what is set there is lost."""
+    with Broker() as broker:
+        path = made(broker)
+        db = traced(path, broker)
+        db.execute("PRAGMA synchronous=NORMAL")
+        for seq in range(600):
+            db.execute("INSERT INTO rows VALUES(0, ?, ?)", (seq, "x" * 3000))
+        wait_until(lambda: checkpoints(broker, path)["done"], what="the broker's checkpoint")
+        pid = pid_of_checkpointer(broker)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            wait_until(lambda: open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] == "T", what="the stop")
+            size = os.path.getsize(path)
+            for seq in range(1500):
+                db.execute("INSERT INTO rows VALUES(1, ?, ?)", (seq, "x" * 3000))
+            assert frames(path) > 1400, frames(path)
+            assert os.path.getsize(path) == size, "a member has copied frames into the database"
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        db.close()
+
+
 @timeout(90)
 def test_a_wal_that_begins_anew_is_cut_to_the_applications_size_limit():
     """The broker has it begin anew without cutting the file; the limit is a connection's, at its next commit."""

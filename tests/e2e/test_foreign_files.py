@@ -14,12 +14,13 @@ LOOKUP, GETATTR, OPEN, FLUSH, INIT, OPENDIR, RELEASE, FORGET, BATCH_FORGET = 1, 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
+def attributes(node):
+    mode, size = (0o40755, 0) if node == 1 else (0o100666, 4096)
+    return struct.pack("<6Q10I", node, size, 8, 0, 0, 0, 0, 0, 0, mode, 1, STRANGER, STRANGER, 0, 4096, 0)
+
+
 def serve_fuse(fuse):
     """A directory with one file, whose closing is never answered (linux/fuse.h)."""
-    def attributes(node):
-        mode, size = (0o40755, 0) if node == 1 else (0o100666, 4096)
-        return struct.pack("<6Q10I", node, size, 8, 0, 0, 0, 0, 0, 0, mode, 1, STRANGER, STRANGER, 0, 4096, 0)
-
     while True:
         request = os.read(fuse, 1 << 17)
         _, operation, unique, node = struct.unpack_from("<IIQQ", request)
@@ -40,19 +41,20 @@ def serve_fuse(fuse):
 
 
 @contextlib.contextmanager
-def never_answers(at):
+def fuse_mounted(at, serve, user, kind="fuse"):
+    """A FUSE filesystem served by `serve`, in a process of its own: the path of its file, and how it is ended."""
     os.mkdir(at)
     try:
         fuse = os.open("/dev/fuse", os.O_RDWR)
     except OSError as e:
         raise Skip(f"no FUSE here: {e}") from None
-    options = f"fd={fuse},rootmode=40000,user_id={STRANGER},group_id={STRANGER},allow_other"
-    if libc.mount(b"hostile", at.encode(), b"fuse", 0, options.encode()):
+    options = f"fd={fuse},rootmode=40000,user_id={user},group_id={user},allow_other"
+    if libc.mount(b"test", at.encode(), kind.encode(), 0, options.encode()):
         raise Skip(f"FUSE cannot be mounted: {os.strerror(ctypes.get_errno())}")
     server = os.fork()
     if server == 0:
         try:
-            serve_fuse(fuse)
+            serve(fuse)
         finally:
             os._exit(0)
     os.close(fuse)
@@ -77,7 +79,7 @@ def test_a_file_that_never_answers_stops_nobody():
     root_only()
     with Broker("--everyone", "yes") as broker:
         db = create(broker.path("app.db"))
-        with never_answers(broker.path("fuse")) as (evil, stop), victim(broker, db) as goes_on:
+        with fuse_mounted(broker.path("fuse"), serve_fuse, STRANGER) as (evil, stop), victim(broker, db) as goes_on:
             def send():
                 fd, directory = os.open(evil, os.O_RDWR), os.open(os.path.dirname(evil), os.O_PATH)
                 hostile = Hostile(broker)
