@@ -29,6 +29,8 @@ const PATIENCE: Duration = Duration::from_secs(1);
 const EACH_USER: Duration = Duration::from_millis(200);
 /// `PROC_PID_INIT_INO`, linux/proc_ns.h: in this pid namespace every process is seen.
 const FIRST_PID_NAMESPACE: &str = "pid:[4026531836]";
+/// There it is the system's first process, nobody's member; it may not let even root look.
+const INIT: i32 = 1;
 
 struct Finder {
     broker: OwnedFd,
@@ -111,7 +113,7 @@ impl Finder {
             match self.table_of(pid, uid) {
                 Ok(table) if table.segments.is_empty() => {}
                 Ok(table) => self.take_from(pid, uid, program, &table)?,
-                Err(e) => self.complete &= is_gone(&e),
+                Err(e) => self.complete &= pid == INIT || is_gone(&e),
             }
             *self.spent.entry(uid).or_default() += processor_time().saturating_sub(begun);
         }
@@ -136,7 +138,7 @@ impl Finder {
             let (number, link) = match (number, fs::read_link(entry.path())) {
                 (Some(number), Ok(link)) => (number, link),
                 (_, link) => {
-                    self.complete &= link.is_err_and(|e| is_gone(&e));
+                    self.complete &= pid == INIT || link.is_err_and(|e| is_gone(&e));
                     continue;
                 }
             };

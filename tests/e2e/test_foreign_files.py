@@ -130,7 +130,7 @@ def test_a_broker_that_was_sent_such_a_file_ends_and_comes_again():
     root_only()
     with Broker("--everyone", "yes") as broker:
         db = create(broker.path("app.db"))
-        with never_answers(broker.path("fuse")) as (evil, stop):
+        with fuse_mounted(broker.path("fuse"), serve_fuse, STRANGER) as (evil, stop):
             def send():
                 fd, directory = os.open(evil, os.O_RDWR), os.open(os.path.dirname(evil), os.O_PATH)
                 hostile = Hostile(broker)
