@@ -25,7 +25,8 @@ def processes_of(broker, name):
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
-            with open(f"/proc/{pid}/comm") as comm, open(f"/proc/{pid}/environ", "rb") as environ:
+            with open(f"/proc/{pid}/comm", errors="replace") as comm, \
+                    open(f"/proc/{pid}/environ", "rb") as environ:
                 ours = f"TURNSTILE_SOCKET={broker.socket}".encode() in environ.read().split(b"\0")
                 if comm.read() == name + "\n" and ours:
                     found.append(int(pid))
