@@ -25,6 +25,8 @@ enum Command {
     Serve(cli::serve::ServeArgs),
     /// Show databases, members, who has the turn and who waits.
     Status(cli::status::StatusArgs),
+    /// Find out what is wrong with a database, its place, its users and their settings. Changes nothing.
+    Doctor(cli::doctor::DoctorArgs),
     /// Compare plain SQLite with turnstile on this machine, in less than half a minute.
     Demo(cli::demo::DemoArgs),
     /// Measure plain SQLite against turnstile on this machine.
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
         Command::Run(args) => cli::run::run(args),
         Command::Serve(args) => cli::serve::run(args),
         Command::Status(args) => cli::status::run(args),
+        Command::Doctor(args) => cli::doctor::run(args),
         Command::Demo(args) => cli::demo::run(args),
         Command::Bench(args) => cli::bench::run(args),
         Command::Checkpointer => checkpointer::run(),
