@@ -149,6 +149,7 @@ impl Bench {
             keeper: None,
             linger: Duration::ZERO,
             replace: false,
+            activated: None,
             ready: None,
         };
         let rig = Rig::new(options).expect("a broker");

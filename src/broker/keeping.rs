@@ -188,6 +188,11 @@ impl Keeping {
         self.keep(Kept::SeatGone(key), &[]);
     }
 
+    /// The broker's socket is the service manager's.
+    pub fn leave_socket(&mut self) {
+        self.tell(&ToKeeper::LeaveSocket, &[]);
+    }
+
     fn start(&mut self, program: &Path, broker: &Path, epoll: &Epoll) -> io::Result<()> {
         let listener = super::listen::listen_at(&keeper_path(broker), false)?;
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
@@ -226,6 +231,9 @@ impl Server {
             );
             self.keeping.given_up = true;
             return;
+        }
+        if self.listener.is_given() {
+            self.keeping.leave_socket();
         }
         for session in self.sessions.values_mut() {
             session.kept = false;

@@ -2,11 +2,12 @@
 
 use crate::wire::socket::{new_socket, short_path};
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
-use nix::sys::socket::{Backlog, UnixAddr, bind, listen};
+use nix::fcntl::{FcntlArg, FdFlag, Flock, FlockArg, OFlag, fcntl};
+use nix::sys::socket::sockopt::{AcceptConn, SockType};
+use nix::sys::socket::{Backlog, SockType as SocketKind, UnixAddr, bind, getsockname, getsockopt, listen};
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -31,6 +32,8 @@ pub struct Lock {
 pub struct Listener {
     pub socket: OwnedFd,
     lock: Lock,
+    /// It is the service manager's, and stays.
+    given: bool,
 }
 
 impl Lock {
@@ -69,7 +72,21 @@ impl Listener {
     /// of access is the database's descriptor, not the socket).
     pub fn bind(lock: Lock, everyone: bool) -> Result<Listener, ListenError> {
         let socket = listen_at(&lock.path, everyone).map_err(|e| ListenError::Io(lock.path.clone(), e))?;
-        Ok(Listener { socket, lock })
+        Ok(Listener { socket, lock, given: false })
+    }
+
+    /// Listens on a socket that listens there already: the service manager's (sd_listen_fds(3)).
+    pub fn given(lock: Lock, socket: OwnedFd) -> Result<Listener, ListenError> {
+        let error = |e: io::Error| ListenError::Io(lock.path.clone(), e);
+        fcntl(&socket, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(|e| error(e.into()))?;
+        let bits = fcntl(&socket, FcntlArg::F_GETFL).map_err(|e| error(e.into()))?;
+        let flags = OFlag::from_bits_retain(bits) | OFlag::O_NONBLOCK;
+        fcntl(&socket, FcntlArg::F_SETFL(flags)).map_err(|e| error(e.into()))?;
+        Ok(Listener { socket, lock, given: true })
+    }
+
+    pub fn is_given(&self) -> bool {
+        self.given
     }
 
     pub fn path(&self) -> &Path {
@@ -78,8 +95,27 @@ impl Listener {
 
     /// No new connection finds the path after this.
     pub fn unlink(&self) {
-        let _ = fs::remove_file(self.path());
+        if !self.given {
+            let _ = fs::remove_file(self.path());
+        }
     }
+}
+
+/// Where a socket listens that a broker may serve; an error says what else it is.
+pub fn listens_at(fd: BorrowedFd) -> io::Result<PathBuf> {
+    let refuse = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, what.to_owned());
+    let address: UnixAddr = getsockname(fd.as_raw_fd()).map_err(|_| refuse("it is no Unix socket"))?;
+    if getsockopt(&fd, SockType)? != SocketKind::SeqPacket {
+        return Err(refuse("it is not of the type SOCK_SEQPACKET (ListenSequentialPacket=)"));
+    }
+    if !getsockopt(&fd, AcceptConn)? {
+        return Err(refuse("it does not listen (Accept=no)"));
+    }
+    address
+        .path()
+        .filter(|p| p.is_absolute())
+        .map(Path::to_owned)
+        .ok_or_else(|| refuse("it has no absolute path"))
 }
 
 fn with_suffix(path: &Path, suffix: &str) -> PathBuf {

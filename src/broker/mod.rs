@@ -43,5 +43,5 @@ pub mod stop;
 pub mod waits;
 
 pub use limits::Limits;
-pub use listen::ListenError;
-pub use server::{Options, ServeError, raise_descriptor_limit, serve};
+pub use listen::{ListenError, listens_at};
+pub use server::{Options, Phase, ServeError, raise_descriptor_limit, serve};

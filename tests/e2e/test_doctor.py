@@ -10,7 +10,6 @@ import socket
 import sqlite3
 import subprocess
 import tempfile
-import time
 
 import harness
 from harness import CACHE, PYTHON, SHELL, Broker, PlainShell, Skip, connect, create, plain, plain_env, run, wait_until
