@@ -4,7 +4,7 @@ mod checkpointer;
 mod cli;
 mod keeper;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use std::process::ExitCode;
 
 /// Every process and container on one Linux host writes the same SQLite database at once.
@@ -31,6 +31,9 @@ enum Command {
     Demo(cli::demo::DemoArgs),
     /// Measure plain SQLite against turnstile on this machine.
     Bench(cli::bench::BenchArgs),
+    /// Man pages and shell completions, for `make install`.
+    #[command(hide = true)]
+    Generate(cli::generate::GenerateArgs),
     /// What the broker starts for itself.
     #[command(hide = true)]
     Checkpointer,
@@ -51,6 +54,7 @@ fn main() -> ExitCode {
         Command::Doctor(args) => cli::doctor::run(args),
         Command::Demo(args) => cli::demo::run(args),
         Command::Bench(args) => cli::bench::run(args),
+        Command::Generate(args) => cli::generate::run(args, Arguments::command()),
         Command::Checkpointer => checkpointer::run(),
         Command::Keeper => keeper::run(),
         Command::DemoWorker(args) => cli::demo::worker::run(args),

@@ -4,6 +4,7 @@ pub mod bench;
 pub mod demo;
 pub mod doctor;
 pub mod extension;
+pub mod generate;
 mod linked;
 mod own_broker;
 mod processes;
