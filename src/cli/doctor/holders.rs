@@ -217,7 +217,7 @@ fn scan(file: &Database) -> Seen {
     seen
 }
 
-/// `lock:	1: OFDLCK  ADVISORY  WRITE -1 fe:00:1234 1073741824 1073742335` (proc(5)).
+/// `lock: 1: OFDLCK  ADVISORY  WRITE -1 fe:00:1234 1073741824 1073742335` (proc(5)).
 fn carries_gate(pid: i32, number: &Path) -> bool {
     let info = fs::read_to_string(Path::new(&format!("/proc/{pid}/fdinfo")).join(number)).unwrap_or_default();
     info.lines().any(|line| {
