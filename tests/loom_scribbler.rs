@@ -3,10 +3,13 @@
 
 #![cfg(feature = "loom")]
 
+#[path = "model/asleep.rs"]
+mod asleep;
+
+use asleep::Asleep;
 use std::cell::Cell;
-use std::time::Duration;
 use turnstile::lock::commits::Commits;
-use turnstile::lock::park::{Parking, Rounds};
+use turnstile::lock::park::Rounds;
 use turnstile::lock::queue::{Lane, Queue};
 use turnstile::lock::seat::{Own, Seat};
 use turnstile::lock::table::Table;
@@ -76,23 +79,7 @@ impl Watch for Scribbler {
     fn after(&self, _: usize, _: u64, _: u64) {}
 }
 
-struct Quiet;
-
-impl Parking for Quiet {
-    fn park(&self, _: &SeatWords, _: u32, _: Duration) {}
-    fn wake(&self, _: Table<'_>, _: SeatId) {}
-    fn micros(&self) -> u64 {
-        0
-    }
-    fn coarse_millis(&self) -> u64 {
-        0
-    }
-    fn streaks(&self) -> bool {
-        false
-    }
-}
-
-impl Rounds for Quiet {
+impl Rounds for Asleep {
     fn sleep(&self, _: &AtomicU32, _: u32, _: u64) {}
     fn wake_all(&self, _: &AtomicU32) {}
     fn micros(&self) -> u64 {
@@ -130,10 +117,10 @@ fn every_call_ends() {
     let s = scribbler();
     set_watch(Some(s));
     let table = s.words.table();
-    let turn = Turn { table, parking: &Quiet };
+    let turn = Turn { table, parking: &Asleep };
     let own = Own::default();
-    let seat = Seat { table, id: 1, own: &own, parking: &Quiet, thread: 1, connection: 1 };
-    let commits = Commits { words: &s.words.commits, rounds: &Quiet };
+    let seat = Seat { table, id: 1, own: &own, parking: &Asleep, thread: 1, connection: 1 };
+    let commits = Commits { words: &s.words.commits, rounds: &Asleep };
     let shared = Request::File { level: FileLevel::Shared, hot_journal: false };
     let exclusive = Request::File { level: FileLevel::Exclusive, hot_journal: true };
     let write = Request::ShmExclusive { slots: Slots::new(slot::WRITE, 1).unwrap(), blocking: true };
@@ -183,7 +170,7 @@ fn every_call_ends() {
         &|| commits.fail(commits.begin()),
         &|| {
             let mut queue = Queue::default();
-            let mut lane = Lane { queue: &mut queue, table, parking: &Quiet };
+            let mut lane = Lane { queue: &mut queue, table, parking: &Asleep };
             for id in 1..=SEATS as SeatId {
                 let _ = lane.submit(id, Ask { request: Request::Turn, ahead: false }, (1, 1));
             }

@@ -41,11 +41,14 @@ const NAP: Duration = Duration::from_micros(50);
 pub struct Job<'a> {
     work: &'a Work,
     db: *mut ffi::sqlite3,
-    /// Tries in vain past the limit, an index in [`PATIENCE`].
+    /// How long readers have been waited for of late, an index in [`PATIENCE`]: one more after each try in vain past the
+    /// limit, one less after one that was not.
     impatience: usize,
     /// After the last of them: the length of the WAL that is worth another one. A reader that stays for long must not
     /// cost every writer a wait again and again.
     not_before: u32,
+    /// The oldest snapshot that was in the way of the last try. Still there at the next one, it is a reader that stays.
+    in_the_way: Option<u32>,
     /// Frames of the WAL at the last try.
     last: u32,
     busy: Box<Waiting<'a>>,
@@ -65,7 +68,7 @@ impl<'a> Job<'a> {
         vfs::serve(work);
         let busy = Box::new(Waiting { work, patience: Cell::new(PATIENCE[0]) });
         work.words().brake.store(BRAKE, SeqCst);
-        Job { work, db: ptr::null_mut(), impatience: 0, not_before: 0, last: 0, busy }
+        Job { work, db: ptr::null_mut(), impatience: 0, not_before: 0, in_the_way: None, last: 0, busy }
     }
 
     /// The WAL as a member has just opened it.
@@ -152,7 +155,7 @@ impl<'a> Job<'a> {
     /// of it is in the database, do without it. So after two generations of them none is in the way.
     fn finish(&mut self, frames: u32, left: u32) -> Result<(), Code> {
         if frames < self.last {
-            (self.impatience, self.not_before) = (0, 0); // begun anew by a writer
+            (self.not_before, self.in_the_way) = (0, None); // begun anew by a writer
         }
         self.last = frames;
         // Too early for another long wait; but nearly all of it is in the database: the reader that stayed is gone.
@@ -171,10 +174,19 @@ impl<'a> Job<'a> {
             false => ffi::SQLITE_CHECKPOINT_TRUNCATE,
         });
         self.work.in_turn.set(false);
-        match done {
-            Ok(()) => (self.impatience, self.not_before, self.last) = (0, 0, 0),
-            Err(_) if step + 1 == PATIENCE.len() => self.not_before = frames + frames / 4,
-            Err(_) => self.impatience += usize::from(frames > LIMIT && !early),
+        if done.is_ok() {
+            (self.impatience, self.not_before, self.in_the_way, self.last) =
+                (step.saturating_sub(1), 0, None, 0);
+            return done;
+        }
+        let in_the_way = self.work.oldest_snapshot();
+        let stays = in_the_way.is_some() && in_the_way == self.in_the_way;
+        self.in_the_way = in_the_way;
+        if step + 1 < PATIENCE.len() {
+            self.impatience += usize::from(frames > LIMIT && !early);
+        } else {
+            // Those that go and come may leave a gap at any time.
+            self.not_before = if stays { frames + frames / 4 } else { 0 };
         }
         done
     }

@@ -243,6 +243,16 @@ impl Work {
         self.turn_since.set(None);
     }
 
+    /// The oldest snapshot that keeps the WAL from beginning anew: its last frame, 0 for a reader of the database alone, which
+    /// is in the way as long as frames are to be copied.
+    pub fn oldest_snapshot(&self) -> Option<u32> {
+        let (table, index) = (self.table(), self.index());
+        let (frames, backfilled) = index.progress();
+        let first = u8::from(frames == backfilled);
+        let read = |i: &u8| !table.slots_blocked_by(CHECKPOINTER, 1 << (slot::READ0 + i)).is_empty();
+        (first..slot::COUNT - slot::READ0).filter(read).map(|i| index.read_mark(i.into())).min()
+    }
+
     /// `xShmLock(LOCK)`.
     pub fn lock(&self, slots: Slots, shared: bool) -> bool {
         if self.control.poisoned() {

@@ -160,7 +160,7 @@ impl<'a> Table<'a> {
         true
     }
 
-    /// Seats whose holds forbid `seat` an exclusive lock on `mask`. For reports, not for a decision.
+    /// Seats whose holds forbid `seat` an exclusive lock on `mask`. For reports and for what to try next, not for a lock.
     pub fn slots_blocked_by(&self, seat: SeatId, mask: u8) -> Vec<SeatId> {
         let owners = bits(mask).filter_map(|s| self.slot_owner(s));
         let sharers = self.slot_hints.iter().filter(|s| self.slots_shared(*s) & mask != 0);

@@ -411,6 +411,35 @@ class PlainShell:
 
 # --- the record of acknowledged writes ------------------------------------------------------------------------
 
+
+@contextlib.contextmanager
+def empty_again(prefix):
+    """A directory in which nothing may be left at the end, nor a process whose command line names something in it."""
+    directory = tempfile.mkdtemp(prefix=prefix)
+    try:
+        yield directory
+        left = os.listdir(directory)
+        assert not left, f"left behind: {left}"
+        assert not processes_in(directory), f"still running: {processes_in(directory)}"
+    finally:
+        for pid in processes_in(directory):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def processes_in(directory):
+    """Processes whose command line names something in `directory`, with that command line."""
+    found = {}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            with open(f"/proc/{pid}/cmdline", "rb") as f:
+                command = f.read().replace(b"\0", b" ").decode(errors="replace")
+            if directory in command:
+                found[int(pid)] = command
+    return found
+
+
 class Record:
     """An append-only file outside the database: one line `worker seq` after each COMMIT that returned."""
 

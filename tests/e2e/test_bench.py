@@ -1,47 +1,17 @@
 """`turnstile bench`: both sides are what they say they are, the figures add up, a lost row is a failure and not a
 figure, and nothing is left behind. That one side is faster than the other is no test's business."""
 
-import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import tempfile
 import xml.etree.ElementTree as ElementTree
 
 import harness
-from harness import ending, fails_without, plain, run, wait_until
+from harness import empty_again, ending, fails_without, plain, processes_in, run, wait_until
 
 INSERTS = ["insert-normal", "insert-full", "insert-delete-full", "insert-delete-normal"]
-
-
-@contextlib.contextmanager
-def place():
-    """A directory for everything that the benchmark makes, which must be empty again at the end."""
-    directory = tempfile.mkdtemp(prefix="ts-bench-")
-    try:
-        yield directory
-        left = os.listdir(directory)
-        assert not left, f"left behind: {left}"
-        assert not processes_in(directory), f"still running: {processes_in(directory)}"
-    finally:
-        for pid in processes_in(directory):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-def processes_in(directory):
-    """Processes whose command line names something in `directory`, with that command line."""
-    found = {}
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            with open(f"/proc/{pid}/cmdline", "rb") as f:
-                command = f.read().replace(b"\0", b" ").decode(errors="replace")
-            if directory in command:
-                found[int(pid)] = command
-    return found
 
 
 def command(directory, *arguments):
@@ -77,7 +47,7 @@ def check_side(side, processes, writes=True):
 def test_every_insert_is_found_again_on_both_sides():
     # Settings that would break either side if they reached it.
     hostile = {"TURNSTILE_SOCKET": "/nonexistent/socket", "TURNSTILE_MODE": "nonsense", "TURNSTILE_WAIT": "0"}
-    with place() as directory:
+    with empty_again("ts-bench-") as directory:
         done = bench(directory, "--quick", "--only", "insert", "--processes", "1,2", "--json", "-", **hostile)
     report = report_of(done)
     cases = [(w["name"], w["processes"]) for w in report["workloads"]]
@@ -98,7 +68,7 @@ def test_every_insert_is_found_again_on_both_sides():
 
 @fails_without("bench-row-lost", message="the counter is -?[0-9]+, and")
 def test_no_increment_is_lost_where_transactions_are_refused():
-    with place() as directory:
+    with empty_again("ts-bench-") as directory:
         done = bench(directory, "--quick", "--only", "read-write", "--processes", "2", "--json", "-")
     [workload] = report_of(done)["workloads"]
     check_side(workload["plain"], 2)
@@ -108,7 +78,7 @@ def test_no_increment_is_lost_where_transactions_are_refused():
 def test_the_other_workloads_do_their_work():
     names = ["select", "select-500", "immediate", "open", "open-same", "temp-fill", "mirrored-attach"]
     only = [argument for name in names for argument in ("--only", name)]
-    with place() as directory:
+    with empty_again("ts-bench-") as directory:
         done = bench(directory, "--seconds", "0.2", "--rounds", "2", "--processes", "2", *only, "--json", "-")
     report = report_of(done)
     assert [w["name"] for w in report["workloads"]] == names, report
@@ -123,7 +93,7 @@ def test_the_other_workloads_do_their_work():
 
 
 def test_a_crowd_and_idle_connections_are_there():
-    with place() as directory:
+    with empty_again("ts-bench-") as directory:
         done = bench(directory, "--seconds", "0.2", "--rounds", "1", "--only", "idle-1000", "--only", "crowd",
                      "--json", "-")
     crowd, idle = report_of(done)["workloads"]
@@ -160,7 +130,7 @@ def test_a_worker_on_the_wrong_side_refuses():
 
 
 def test_the_table_and_the_chart():
-    with place() as directory, tempfile.TemporaryDirectory() as elsewhere:
+    with empty_again("ts-bench-") as directory, tempfile.TemporaryDirectory() as elsewhere:
         files = [os.path.join(elsewhere, name) for name in ("result.json", "result.svg")]
         done = bench(directory, "--quick", "--only", "open", "--only", "idle-0", "--seconds", "0.1",
                      "--json", files[0], "--svg", files[1])
@@ -182,7 +152,7 @@ def test_the_table_and_the_chart():
 
 
 def test_questions_that_cannot_be_answered():
-    with place() as directory:
+    with empty_again("ts-bench-") as directory:
         listed = bench(directory, "--list").stdout
         assert all(name in listed for name in INSERTS), listed
         for arguments, reason in ((["--only", "nonsense"], "no workload is called 'nonsense'"),
@@ -198,7 +168,7 @@ def test_interrupted_in_the_middle_it_leaves_nothing_behind():
     # Ctrl-C reaches the whole group, also the broker; a supervisor's signal the benchmark alone.
     for sig, whole_group in ((signal.SIGINT, True), (signal.SIGTERM, False)):
         for side in ("plain", "turnstile"):
-            with place() as directory:
+            with empty_again("ts-bench-") as directory:
                 interrupt(directory, side, sig, whole_group)
 
 
@@ -228,7 +198,7 @@ def test_a_worker_that_dies_is_a_failure():
         assert process.poll() is None, f"it ended too early: {ending(process.returncode)}"
         return [pid for pid, c in processes_in(directory).items() if "turnstile" in c and '"side":"turnstile"' in c]
 
-    with place() as directory:
+    with empty_again("ts-bench-") as directory:
         arguments = ["--only", "insert-full", "--processes", "2", "--seconds", "2", "--rounds", "1"]
         process = subprocess.Popen(command(directory, *arguments), env={**os.environ, "TMPDIR": directory}, text=True,
                                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

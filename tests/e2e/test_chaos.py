@@ -99,3 +99,19 @@ def test_what_is_left_out_plain_sqlite_loses_too():
     if after == (2,):
         raise Skip(f"SQLite {sqlite3.sqlite_version} loses nothing")
     assert sqlite3.sqlite_version_info < (3, 50, 2), "an SQLite that was known to be right"
+
+
+def test_a_checkpoint_right_after_a_change_to_wal_is_refused_by_plain_sqlite_too():
+    """The excuse for SQLITE_LOCKED in tests/chaos/limits.py. No turnstile here."""
+    with tempfile.TemporaryDirectory(prefix="ts-") as place:
+        db = sqlite3.connect(os.path.join(place, "app.db"), isolation_level=None)
+        db.executescript("CREATE TABLE rows(n); CREATE TEMP TABLE mine(n)")
+        db.execute("PRAGMA journal_mode=wal").fetchall()
+        try:
+            db.execute("PRAGMA wal_checkpoint").fetchall()
+        except sqlite3.OperationalError as e:
+            assert str(e) == "database table is locked", e
+        else:
+            raise Skip(f"SQLite {sqlite3.sqlite_version} does not refuse it")
+        finally:
+            db.close()

@@ -1,7 +1,6 @@
 """`turnstile demo`, the first thing that a stranger runs: its turnstile side is flawless, it says what it skips,
 and it leaves nothing behind, also when it is interrupted."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -11,38 +10,9 @@ import sys
 import tempfile
 
 import harness
-from harness import PYTHON, SHELL, Skip, ending, run, wait_until
+from harness import PYTHON, SHELL, Skip, empty_again, ending, processes_in, run, wait_until
 
 WORKLOADS = {"shells": 16, "python": 8, "linked": 8}
-
-
-@contextlib.contextmanager
-def place():
-    """A directory for the demo's directory, which must be empty again at the end, and of interest to nobody."""
-    directory = tempfile.mkdtemp(prefix="ts-demo-")
-    try:
-        yield directory
-        left = os.listdir(directory)
-        assert not left, f"left behind: {left}"
-        assert not processes_in(directory), f"still running: {processes_in(directory)}"
-    finally:
-        for pid in processes_in(directory):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-def processes_in(directory):
-    """Processes whose command line names something in `directory`, with that command line. All that the demo
-    starts do: a database, a socket."""
-    found = {}
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            with open(f"/proc/{pid}/cmdline", "rb") as f:
-                command = f.read().replace(b"\0", b" ").decode(errors="replace")
-            if directory in command:
-                found[int(pid)] = command
-    return found
 
 
 def environment(directory, **more):
@@ -74,7 +44,7 @@ def check_plain_side(name, outcome):
 def test_turnstiles_side_is_flawless_and_nothing_is_left():
     # Settings that would break either side if they reached it.
     hostile = {"TURNSTILE_SOCKET": "/nonexistent/socket", "TURNSTILE_MODE": "nonsense", "TURNSTILE_WAIT": "0"}
-    with place() as directory:
+    with empty_again("ts-demo-") as directory:
         done = demo(directory, "--json", env=environment(directory, **hostile))
         report = json.loads(done.stdout)
     assert report["good"] is True and report["broker"] is None and report["kept"] is None, report
@@ -92,7 +62,7 @@ def test_turnstiles_side_is_flawless_and_nothing_is_left():
 
 
 def test_without_a_shell_it_says_so_and_goes_on():
-    with place() as directory:
+    with empty_again("ts-demo-") as directory:
         done = demo(directory, env=environment(directory, PATH="/nonexistent"))
     assert "skipped: 16 sqlite3 shells: there is no sqlite3 on PATH" in done.stderr, done.stderr
     assert "programs with SQLite linked in" in done.stdout, done.stdout
@@ -101,7 +71,7 @@ def test_without_a_shell_it_says_so_and_goes_on():
 
 
 def test_an_extension_that_cannot_be_loaded_is_a_failure_and_not_a_result():
-    with place() as directory, tempfile.TemporaryDirectory(prefix="ts-demo-bin-") as elsewhere:
+    with empty_again("ts-demo-") as directory, tempfile.TemporaryDirectory(prefix="ts-demo-bin-") as elsewhere:
         alone = shutil.copy(harness.bin(), elsewhere)
         missing = run([alone, "demo"], env=environment(directory), check=False)
         assert missing.returncode == 2 and "TURNSTILE_LIB" in missing.stderr, missing
@@ -155,7 +125,7 @@ def test_interrupted_in_the_middle_it_leaves_nothing_behind():
     # Ctrl-C reaches the whole group, also the broker; a supervisor's signal the demo alone.
     for sig, whole_group in ((signal.SIGINT, True), (signal.SIGINT, False), (signal.SIGTERM, False)):
         for side in ("plain", "turnstile"):
-            with place() as directory:
+            with empty_again("ts-demo-") as directory:
                 interrupt(directory, side, sig, whole_group)
 
 

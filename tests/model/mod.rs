@@ -4,6 +4,7 @@
 #![allow(dead_code)]
 
 pub mod actor;
+mod asleep;
 mod engine;
 mod explore;
 pub mod world;

@@ -1,8 +1,8 @@
 //! A database's words, and the checks that look at all of them.
 
+use super::asleep::Asleep;
 use super::engine::{mix, step};
 use std::cell::Cell;
-use std::time::Duration;
 use turnstile::lock::SeatId;
 use turnstile::lock::park::Parking;
 use turnstile::lock::table::Table;
@@ -187,23 +187,6 @@ impl World {
             known.push((format!("{}.brokered", i + 1), at(&s.brokered)));
         }
         known.iter().find_map(|(n, (b, s))| place(n, *b, *s)).unwrap_or_else(|| format!("+{offset}"))
-    }
-}
-
-/// One who waits for nobody.
-struct Asleep;
-
-impl Parking for Asleep {
-    fn park(&self, _: &SeatWords, _: u32, _: Duration) {}
-    fn wake(&self, _: Table<'_>, _: SeatId) {}
-    fn micros(&self) -> u64 {
-        0
-    }
-    fn coarse_millis(&self) -> u64 {
-        0
-    }
-    fn streaks(&self) -> bool {
-        false
     }
 }
 
