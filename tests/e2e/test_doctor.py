@@ -12,7 +12,8 @@ import subprocess
 import tempfile
 
 import harness
-from harness import CACHE, PYTHON, SHELL, Broker, PlainShell, Skip, connect, create, plain, plain_env, run, wait_until
+from harness import CACHE, PYTHON, SHELL, Broker, PlainShell, Skip, connect, create, fails_without, plain, plain_env, \
+    run, wait_until
 
 
 def environment(broker=None, **settings):
@@ -84,6 +85,7 @@ def test_a_healthy_database_has_no_problems():
         assert "0 problems" in text and "TURNSTILE_WAIT" in text, text
 
 
+@fails_without("doctor-asks-sqlite")
 def test_nothing_is_changed():
     """Neither the files nor who is in: a WAL that waits for recovery stays so, a hot journal too."""
     with Broker() as broker:
@@ -258,6 +260,7 @@ def test_no_broker():
             expect(found, "broker-absent", "ok", "starts it")
 
 
+@harness.waits
 def test_something_else_listens_or_nobody_answers():
     with directory() as place:
         db = create(os.path.join(place, "app.db"))

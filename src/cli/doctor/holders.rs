@@ -2,8 +2,9 @@
 //! may look.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::CString;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use serde_json::Value;
@@ -193,7 +194,7 @@ fn scan(file: &Database) -> Seen {
             continue;
         };
         for descriptor in descriptors.flatten() {
-            // Its name first, which asks nobody: what it leads to may be on a filesystem that does not answer.
+            // Its name first, which asks nobody.
             let path = descriptor.path();
             let target = fs::read_link(&path).unwrap_or_default();
             if target.to_string_lossy().starts_with("/memfd:turnstile-control") {
@@ -202,7 +203,7 @@ fn scan(file: &Database) -> Seen {
             if target.file_name() != file.path.file_name() {
                 continue;
             }
-            if fs::metadata(&path).is_ok_and(|m| (m.dev(), m.ino()) == (file.device, file.inode)) {
+            if identity(&path) == Some((file.device, file.inode)) {
                 seen.open.insert(pid);
                 let number = descriptor.file_name();
                 if carries_gate(pid, Path::new(&number)) {
@@ -215,6 +216,18 @@ fn scan(file: &Database) -> Seen {
         }
     }
     seen
+}
+
+/// Device and inode of what a descriptor of another process leads to, as far as the kernel knows them: no filesystem is
+/// asked, because one of FUSE may never answer.
+fn identity(descriptor: &Path) -> Option<(u64, u64)> {
+    let path = CString::new(descriptor.as_os_str().as_bytes()).ok()?;
+    // SAFETY: statx is plain data for which all-zero is valid.
+    let mut stx: libc::statx = unsafe { std::mem::zeroed() };
+    let (flags, mask) = (libc::AT_STATX_DONT_SYNC, libc::STATX_INO);
+    // SAFETY: the name is NUL-terminated and the kernel writes one statx into `stx`.
+    let rc = unsafe { libc::statx(libc::AT_FDCWD, path.as_ptr(), flags, mask, &mut stx) };
+    (rc == 0).then(|| (libc::makedev(stx.stx_dev_major, stx.stx_dev_minor), stx.stx_ino))
 }
 
 /// `lock: 1: OFDLCK  ADVISORY  WRITE -1 fe:00:1234 1073741824 1073742335` (proc(5)).
