@@ -74,7 +74,7 @@ pub fn look(command: &[OsString], findings: &mut Findings) {
     };
     let by = if program.path == path { String::new() } else { format!(" by {}", program.path.display()) };
     findings.ok("command", format!("{}{by}: {}", path.display(), program.kind.describe()));
-    let known = known(&program);
+    let known = known(&path, &program);
     reach(&path, &program, known.as_ref(), findings);
     if let Some(known) = known {
         describe(&name, &known, findings);
@@ -123,24 +123,30 @@ fn describe(name: &str, known: &Known, findings: &mut Findings) {
     versions::sqlite(&known.version, name, findings);
 }
 
-fn known(program: &Program) -> Option<Known> {
+fn known(path: &Path, program: &Program) -> Option<Known> {
     if let Sqlite::Shared(library) = &program.sqlite {
         return of_library(library);
     }
-    let name = program.path.file_name()?.to_string_lossy().into_owned();
-    let (_, arguments) = INTERPRETERS.iter().find(|(interpreter, _)| {
-        // python3, python3.11, php8.2
-        name.strip_prefix(interpreter)
-            .is_some_and(|rest| rest.chars().all(|c| c.is_ascii_digit() || c == '.'))
-    })?;
-    let mut command = Command::new(&program.path);
+    // The command itself, if it is called so: a script of that name, such as pyenv's, finds the right one.
+    let (asked, arguments) =
+        [path, &program.path].into_iter().find_map(|path| Some((path, questions(path)?)))?;
+    let mut command = Command::new(asked);
     // Not by a turnstile that is preloaded into this program.
-    command.args(*arguments).env_remove("LD_PRELOAD");
+    command.args(arguments).env_remove("LD_PRELOAD");
     let text = output_within(command, Duration::from_secs(10))?;
     let mut lines = text.lines().map(str::trim);
     let version = lines.next().filter(|v| !v.is_empty())?.to_owned();
     let library = lines.next().filter(|l| l.starts_with('/')).map(PathBuf::from);
     Some(Known { version, library, loads_extensions: lines.next() == Some("True") })
+}
+
+/// How an interpreter is asked: `python3`, `python3.11`, `php8.2`.
+fn questions(path: &Path) -> Option<&'static [&'static str]> {
+    let name = path.file_name()?.to_string_lossy();
+    let versioned = |rest: &str| rest.chars().all(|c| c.is_ascii_digit() || c == '.');
+    let found =
+        INTERPRETERS.iter().find(|(interpreter, _)| name.strip_prefix(interpreter).is_some_and(versioned));
+    found.map(|(_, questions)| *questions)
 }
 
 /// Asks the library itself, which is loaded beside this program's own SQLite and opens nothing.

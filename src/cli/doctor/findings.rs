@@ -82,8 +82,13 @@ impl Findings {
         }
         out.push_str("\n  settings");
         for setting in settings.listed() {
-            let value = printable(&setting.value);
-            let _ = write!(out, "\n           {:<24} {value:<12} {}", setting.name, setting.from);
+            let _ = write!(
+                out,
+                "\n           {:<24} {}  ({})",
+                setting.name,
+                printable(&setting.value),
+                setting.from
+            );
         }
         let count = |n: usize, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
         let warnings = count(self.count(Level::Warning), "warning");
