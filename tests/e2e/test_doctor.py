@@ -12,13 +12,13 @@ import subprocess
 import tempfile
 
 import harness
-from harness import CACHE, PYTHON, SHELL, Broker, PlainShell, Skip, connect, create, fails_without, plain, plain_env, \
-    run, wait_until
+from harness import CACHE, PYTHON, SHELL, Broker, PlainShell, Skip, connect, create, fails_without, plain, run, \
+    wait_until
 
 
 def environment(broker=None, **settings):
     """Without settings of the tests' own."""
-    env = {k: v for k, v in plain_env().items() if not k.startswith("TURNSTILE_")}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("TURNSTILE_") or k == "TURNSTILE_PLANTED"}
     if broker is not None:
         env["TURNSTILE_SOCKET"] = broker.socket
     return {**env, **settings}
