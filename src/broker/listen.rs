@@ -82,6 +82,9 @@ impl Listener {
         let bits = fcntl(&socket, FcntlArg::F_GETFL).map_err(|e| error(e.into()))?;
         let flags = OFlag::from_bits_retain(bits) | OFlag::O_NONBLOCK;
         fcntl(&socket, FcntlArg::F_SETFL(flags)).map_err(|e| error(e.into()))?;
+        // Again: who connects from now on is told that this process listens, not the service manager (unix(7),
+        // SO_PEERCRED), and that is whom `--replace` signals.
+        listen(&socket, Backlog::MAXCONN).map_err(|e| error(e.into()))?;
         Ok(Listener { socket, lock, given: true })
     }
 

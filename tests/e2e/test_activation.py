@@ -101,6 +101,23 @@ def test_restarts_as_systemd_does_them_turn_nobody_away():
         member.close()
 
 
+def test_it_is_replaced_by_one_that_was_started_by_hand():
+    with Activated() as broker:
+        db = create(broker.path("app.db"))
+        member = connect(db, broker=broker, mode="gated")
+        old = broker.process
+        command = [harness.bin(), "serve", "--socket", broker.socket, "--replace"]
+        with open(broker.logfile, "ab") as log:
+            broker.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                              env={**broker.env, "NOTIFY_SOCKET": broker.path("notify")})
+        assert old.wait(20) == 0
+        assert broker.told() == "READY=1"
+        member.execute("INSERT INTO rows VALUES('member', 0)")
+        is_in(newcomer(broker, db, "newcomer"))
+        assert broker.status()["broker"]["pid"] == broker.pid
+        member.close()
+
+
 @fails_without("keeper-takes-the-socket")
 def test_the_keeper_leaves_the_service_managers_socket():
     with Activated() as broker:
