@@ -247,7 +247,7 @@ impl AsFd for Reports {
 }
 
 /// Whether the file has a SQLite of its own whose `sqlite3_open*` are called without the dynamic linker.
-fn hides_sqlite(file: &std::fs::File) -> io::Result<bool> {
+pub fn hides_sqlite(file: &std::fs::File) -> io::Result<bool> {
     let Some(elf) = Elf::read(file)? else { return Ok(false) };
     for bytes in SQLITE_BYTES {
         if !elf.holds(file, bytes)? {
