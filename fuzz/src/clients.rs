@@ -147,8 +147,12 @@ impl Bench {
             limits: Limits { sessions: 10, databases: 3, descriptors: 12 },
             checkpointer: checkpointer.then(|| "/bin/false".into()),
             keeper: None,
+            finder: None,
+            receiver: None,
             linger: Duration::ZERO,
             replace: false,
+            activated: None,
+            activated: None,
             ready: None,
         };
         let rig = Rig::new(options).expect("a broker");

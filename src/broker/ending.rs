@@ -4,6 +4,7 @@ use super::server::Server;
 use super::session::Stage;
 use crate::planted::planted;
 use std::os::fd::AsFd;
+use std::time::Instant;
 
 impl Server {
     /// Ends a session that broke the rules. Its seats stay until it is proven dead or lets go.
@@ -24,6 +25,7 @@ impl Server {
             self.users.silenced(session, socket);
         }
         session.stage = Stage::Silent;
+        session.since = Instant::now();
         if session.seats.is_empty() {
             self.drop_session(id);
         } else if session.let_go() {
@@ -32,12 +34,14 @@ impl Server {
     }
 
     pub(super) fn drop_session(&mut self, id: u64) {
-        let Some(session) = self.sessions.remove(&id) else { return };
+        let Some(mut session) = self.sessions.remove(&id) else { return };
+        let proven = std::mem::take(&mut session.proven);
         self.keeping.session_gone(&session);
         self.users.left(&session);
         if let Some(pidfd) = &session.peer.pidfd {
             let _ = self.epoll.delete(pidfd);
         }
+        self.let_go_if_unclaimed(proven);
     }
 
     pub(super) fn session_died(&mut self, id: u64, how: &str) {

@@ -3,8 +3,10 @@
 //! A hostile FUSE file blocks `fstat`, `fcntl` and even `close`; `/proc/self/fdinfo` and `mountinfo` are the
 //! kernel's own and answer at once.
 
+use std::ffi::{CStr, CString};
 use std::fs;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::path::Path;
 
 /// Local filesystems whose locks and mappings every process on this kernel shares.
 const LOCAL: &[&str] = &[
@@ -42,6 +44,8 @@ const LOCAL: &[&str] = &[
 pub struct Mount {
     pub id: u64,
     pub kind: String,
+    /// It is in our own mount namespace, or another one of the same filesystem is.
+    pub own: bool,
 }
 
 impl Mount {
@@ -49,26 +53,39 @@ impl Mount {
         LOCAL.contains(&self.kind.as_str())
     }
 
+    /// Its files are another filesystem's.
+    pub fn is_stacked(&self) -> bool {
+        matches!(self.kind.as_str(), "overlay" | "ecryptfs" | "shiftfs")
+    }
+
     /// Why a file here is refused, for people.
     pub fn reason(&self) -> String {
         let kind = &self.kind;
-        let fuse = kind.starts_with("fuse") || kind == "virtiofs";
-        let network = matches!(
-            kind.as_str(),
-            "nfs" | "nfs4" | "cifs" | "smb3" | "9p" | "ceph" | "afs" | "gfs2" | "ocfs2"
-        );
-        match (fuse, network) {
-            (true, _) => format!(
-                "it is on a FUSE filesystem ({kind}): a second mount of it would look like another file, and two \
-                 writers would lose each other's rows"
+        match kind.as_str() {
+            "fuse.fuse-overlayfs" => format!(
+                "it is in the layers of a rootless container, on FUSE ({kind}): {ONLY_MOUNT}. Keep the database in a \
+                 volume or a mounted directory. {OVERRIDE}"
             ),
-            (_, true) => {
+            // Docker Desktop's, by version and choice; virtual machines'; WSL's for the disks of Windows.
+            "fakeowner" | "virtiofs" | "fuse.grpcfuse" | "fuse.osxfs" | "9p" => format!(
+                "it is in a directory shared from outside of this kernel ({kind}: Docker Desktop, WSL or a virtual \
+                 machine), mostly by FUSE: {ONLY_MOUNT}, and whoever opens it outside sees no lock of these here. \
+                 Keep the database in a named volume. {OVERRIDE}"
+            ),
+            _ if kind.starts_with("fuse") => {
+                format!("it is on a FUSE filesystem ({kind}): {ONLY_MOUNT}. {OVERRIDE}")
+            }
+            "nfs" | "nfs4" | "cifs" | "smb3" | "ceph" | "afs" | "gfs2" | "ocfs2" => {
                 format!("it is on a network filesystem ({kind}): other hosts do not see this host's locks")
             }
             _ => format!("it is on a filesystem ({kind}) that turnstile does not know to be local"),
         }
     }
 }
+
+const ONLY_MOUNT: &str = "nobody can prove that this is its only mount, and through a second one it would look like \
+                          another file: two writers would lose each other's rows";
+const OVERRIDE: &str = "TURNSTILE_ALLOW_UNSAFE=1 takes it, at your own risk";
 
 /// The mount that `fd` came through. `peer_pid`: where to look when it is of another mount namespace. `known`: of the
 /// other descriptors of the same join, mostly the same; the kernel writes out the whole table at each look.
@@ -82,30 +99,62 @@ pub fn mount_of(fd: impl AsFd, peer_pid: i32, known: &[Mount]) -> Option<Mount> 
     let own = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let by_id = |table: &str| kind_in(table, |fields| fields.first() == Some(&id.to_string().as_str()));
     let peers = || fs::read_to_string(format!("/proc/{peer_pid}/mountinfo")).ok();
-    let kind = by_id(&own).or_else(|| by_id(&peers()?)).or_else(|| kind_by_device(fd, &own))?;
-    Some(Mount { id, kind })
+    if let Some(kind) = by_id(&own) {
+        return Some(Mount { id, kind, own: true });
+    }
+    if let Some(kind) = by_id(&peers().unwrap_or_default()) {
+        return Some(Mount { id, kind, own: false });
+    }
+    let kind = kind_by_device(fd, &own)?;
+    Some(Mount { id, kind, own: true })
 }
 
 /// The type of a filesystem whose mount cannot be seen from here (a broker in a container of its own): of
 /// another mount of the same device, else by the magic number, which only a filesystem on a block device is
 /// asked for: it answers at once.
 fn kind_by_device(fd: BorrowedFd, own_mounts: &str) -> Option<String> {
-    // SAFETY: statx is plain data for which all-zero is valid.
-    let mut stx: libc::statx = unsafe { std::mem::zeroed() };
-    // No filesystem is asked: what the kernel has cached will do.
-    let flags = libc::AT_EMPTY_PATH | libc::AT_STATX_DONT_SYNC;
-    // SAFETY: an empty name, and the kernel writes one statx into `stx`.
-    if unsafe { libc::statx(fd.as_raw_fd(), c"".as_ptr(), flags, libc::STATX_TYPE, &mut stx) } != 0 {
-        return None;
-    }
-    let device = format!("{}:{}", stx.stx_dev_major, stx.stx_dev_minor);
+    let (major, minor) = device_of(fd.as_raw_fd(), c"", libc::AT_EMPTY_PATH)?;
+    let device = format!("{major}:{minor}");
     if let Some(kind) = kind_in(own_mounts, |fields| fields.get(2) == Some(&device.as_str())) {
         return Some(kind);
     }
+    // A file of btrfs has its subvolume's device, which mountinfo does not tell; what is mounted here may.
+    let here = |path: &&str| {
+        CString::new(*path).is_ok_and(|path| device_of(libc::AT_FDCWD, &path, 0) == Some((major, minor)))
+    };
+    if mount_points(own_mounts, "btrfs").iter().any(here) {
+        return Some("btrfs".into());
+    }
     use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, XFS_SUPER_MAGIC, fstatfs};
-    let kind: FsType = (stx.stx_dev_major != 0).then(|| fstatfs(fd).ok())??.filesystem_type();
+    let kind: FsType = (major != 0).then(|| fstatfs(fd).ok())??.filesystem_type();
     let known = [(EXT4_SUPER_MAGIC, "ext4"), (XFS_SUPER_MAGIC, "xfs"), (BTRFS_SUPER_MAGIC, "btrfs")];
     known.iter().find(|(magic, _)| *magic == kind).map(|(_, name)| (*name).to_owned())
+}
+
+/// The device of a file. No filesystem is asked: what the kernel has cached will do.
+fn device_of(directory: RawFd, path: &CStr, flags: i32) -> Option<(u32, u32)> {
+    // SAFETY: statx is plain data for which all-zero is valid.
+    let mut stx: libc::statx = unsafe { std::mem::zeroed() };
+    let flags = flags | libc::AT_STATX_DONT_SYNC | libc::AT_NO_AUTOMOUNT;
+    // SAFETY: the path is NUL-terminated, and the kernel writes one statx into `stx`.
+    let rc = unsafe { libc::statx(directory, path.as_ptr(), flags, libc::STATX_TYPE, &mut stx) };
+    (rc == 0).then_some((stx.stx_dev_major, stx.stx_dev_minor))
+}
+
+/// Where filesystems of this kind are mounted, but for places that only another kind of filesystem leads to: the way
+/// there could be a hostile one's. (Names that mountinfo has to escape are left out.)
+fn mount_points<'a>(mountinfo: &'a str, wanted: &str) -> Vec<&'a str> {
+    let mounts: Vec<(&str, &str)> = mountinfo.lines().filter_map(mount_point).collect();
+    let strange: Vec<&str> = mounts.iter().filter(|(_, kind)| !LOCAL.contains(kind)).map(|m| m.0).collect();
+    let led_to_by = |point: &str| strange.iter().any(|s| Path::new(point).starts_with(s));
+    let there = mounts.iter().filter(|(point, kind)| *kind == wanted && !led_to_by(point));
+    there.map(|m| m.0).collect()
+}
+
+/// A line of a mountinfo file: mount point and filesystem type.
+fn mount_point(line: &str) -> Option<(&str, &str)> {
+    let (fixed, rest) = line.split_once(" - ")?;
+    Some((fixed.split(' ').nth(4)?, rest.split(' ').next()?))
 }
 
 /// The filesystem type of the first line of a mountinfo file (proc(5)) whose fields match.
@@ -133,9 +182,31 @@ mod tests {
     }
 
     #[test]
-    fn unknown_kinds_are_not_local() {
-        for kind in ["fuse.sshfs", "nfs4", "9p", "virtiofs", "somethingfs"] {
-            assert!(!Mount { id: 1, kind: kind.into() }.is_local(), "{kind}");
+    fn a_hostile_filesystem_leads_to_no_mount_point() {
+        let text = "1 0 0:30 / / rw - btrfs /dev/a rw\n2 1 0:31 /s /data rw - btrfs /dev/a rw\n\
+                    3 1 0:50 / /mnt rw - fuse.x x rw\n4 3 0:31 /s /mnt/in rw - btrfs /dev/a rw\n\
+                    5 1 0:31 /s /over rw - btrfs /dev/a rw\n6 5 0:51 / /over rw - fuse.x x rw\n";
+        assert_eq!(mount_points(text, "btrfs"), ["/", "/data"]);
+    }
+
+    #[test]
+    fn unknown_kinds_are_not_local_and_each_has_its_reason() {
+        for (kind, says) in [
+            (
+                "fuse.sshfs",
+                "is on a FUSE filesystem (fuse.sshfs): nobody can prove that this is its only mount",
+            ),
+            ("fuse.fuse-overlayfs", "Keep the database in a volume or a mounted directory"),
+            ("fakeowner", "Keep the database in a named volume"),
+            ("virtiofs", "Docker Desktop"),
+            ("fuse.grpcfuse", "nobody can prove that this is its only mount"),
+            ("9p", "TURNSTILE_ALLOW_UNSAFE=1"),
+            ("nfs4", "other hosts do not see"),
+            ("somethingfs", "does not know to be local"),
+        ] {
+            let mount = Mount { id: 1, kind: kind.into(), own: true };
+            assert!(!mount.is_local(), "{kind}");
+            assert!(mount.reason().contains(says), "{}", mount.reason());
         }
     }
 

@@ -2,6 +2,7 @@
 
 use super::database::{Home, Identity};
 use super::filesystem::mount_of;
+use crate::planted::planted;
 use crate::wire::message::{Join, Refusal, Role};
 use nix::fcntl::{AtFlags, FcntlArg, OFlag, fcntl};
 use nix::sys::stat::{FileStat, SFlag, fstat, fstatat};
@@ -45,7 +46,7 @@ pub fn judge(join: &Join, fds: Vec<OwnedFd>, peer_pid: i32, lenient: bool) -> Re
     let mut mounts = Vec::new();
     for fd in [Some(&database), Some(&directory), shm.as_ref()].into_iter().flatten() {
         match mount_of(fd, peer_pid, &mounts) {
-            Some(mount) if mount.is_local() || lenient => mounts.push(mount),
+            Some(mount) if mount.is_local() || lenient || planted("any-filesystem") => mounts.push(mount),
             Some(mount) => return refuse(UnsafePlace, mount.reason()),
             None => return refuse(UnsafePlace, "the broker cannot tell which filesystem it is on"),
         }
@@ -80,7 +81,7 @@ fn role_of(fd: &OwnedFd) -> Result<Role, Refused> {
     let bits = fcntl(fd, FcntlArg::F_GETFL).map_err(|e| (Refusal::BadDescriptor, format!("fcntl: {e}")))?;
     let flags = OFlag::from_bits_retain(bits);
     let odd = OFlag::O_APPEND | OFlag::O_DIRECT;
-    let path_only = flags.contains(OFlag::O_PATH) && !crate::planted::planted("o-path-is-access");
+    let path_only = flags.contains(OFlag::O_PATH) && !planted("o-path-is-access");
     match bits & libc::O_ACCMODE {
         _ if path_only => refuse(Refusal::BadDescriptor, "an O_PATH descriptor proves no access to the file"),
         _ if flags.intersects(odd) => refuse(Refusal::BadDescriptor, "opened with O_APPEND or O_DIRECT"),
@@ -106,11 +107,7 @@ fn home_of(
     };
     let dir =
         fstat(directory).map_err(|e| (Refusal::BadDescriptor, format!("fstat of the directory: {e}")))?;
-    let follow = if crate::planted::planted("claim-follows-links") {
-        AtFlags::empty()
-    } else {
-        AtFlags::AT_SYMLINK_NOFOLLOW
-    };
+    let follow = if planted("claim-follows-links") { AtFlags::empty() } else { AtFlags::AT_SYMLINK_NOFOLLOW };
     let there = fstatat(directory, OsStr::from_bytes(&name), follow);
     if !there.is_ok_and(|t| identity(&t) == identity(file)) {
         let name = super::session::printable_name(&name);
@@ -119,8 +116,8 @@ fn home_of(
         );
         return refuse(Refusal::UnsafePlace, reason);
     }
-    if mount_of_name(directory, &name).is_some_and(|m| m != directory_mount) || file_mount != directory_mount
-    {
+    let mounted_over = mount_of_name(directory, &name).is_some_and(|m| m != directory_mount);
+    if (mounted_over || file_mount != directory_mount) && !planted("file-mounts-unseen") {
         return refuse(
             Refusal::UnsafePlace,
             "it is a bind mount of a single file: its -wal would be made beside the mount point and others would \

@@ -4,6 +4,7 @@
 //! has been sent; and what the keeper knows and no client does is found out when the client comes back.
 
 use super::database::{Database, Home, Seat, State};
+use super::listen::Listener;
 use super::outbox::Outbox;
 use super::server::{KEEPER_SOCKET, Server};
 use super::session::Session;
@@ -184,8 +185,24 @@ impl Keeping {
         self.keep(Kept::Seat(kept), &[]);
     }
 
+    /// Whoever knocks from now on is the next broker's.
+    pub fn listener(&mut self, listener: &Listener) {
+        // The service manager's waits for the next broker by itself.
+        if !listener.is_given()
+            && let Some(place) = listener.leads_to()
+            && !planted("listener-not-handed-over")
+        {
+            self.keep(Kept::Listener(place), &[&listener.socket]);
+        }
+    }
+
     pub fn seat_gone(&mut self, key: SeatKey) {
         self.keep(Kept::SeatGone(key), &[]);
+    }
+
+    /// The broker's socket is the service manager's.
+    pub fn leave_socket(&mut self) {
+        self.tell(&ToKeeper::LeaveSocket, &[]);
     }
 
     fn start(&mut self, program: &Path, broker: &Path, epoll: &Epoll) -> io::Result<()> {
@@ -226,6 +243,9 @@ impl Server {
             );
             self.keeping.given_up = true;
             return;
+        }
+        if self.listener.is_given() {
+            self.keeping.leave_socket();
         }
         for session in self.sessions.values_mut() {
             session.kept = false;

@@ -32,6 +32,10 @@ pub fn peer_of(socket: impl AsFd) -> nix::Result<Peer> {
 }
 
 fn peer_pidfd(socket: impl AsFd) -> Option<OwnedFd> {
+    // What kernels before 6.5 say.
+    if planted("no-peerpidfd") {
+        return None;
+    }
     let mut fd: i32 = -1;
     let mut length = size_of::<i32>() as libc::socklen_t;
     // SAFETY: the kernel writes one int into `fd`, which is as large as `length` says.

@@ -7,7 +7,9 @@ use crate::lock::queue::Lane;
 use crate::lock::seat::begins_transaction;
 use crate::lock::{Ask, FileLevel, Request, Verdict};
 use crate::planted::planted;
-use crate::wire::message::{FromBroker, Hello, PROTOCOL_MAGIC, PROTOCOL_VERSION, Role, SeatKey, ToBroker};
+use crate::wire::message::{
+    FromBroker, Hello, PROTOCOL_MAGIC, PROTOCOL_VERSION, Refusal, Role, SeatKey, ToBroker,
+};
 use crate::wire::socket::Packet;
 use std::time::Instant;
 
@@ -26,7 +28,11 @@ impl Server {
             (Stage::Introducing, ToBroker::Introduce(who)) => {
                 let liveness = packet.fds.into_iter().next().ok_or("no liveness descriptor")?;
                 let session = self.sessions.get_mut(&id).ok_or("gone")?;
-                session.introduce(who, liveness)?;
+                if let Err(reason) = session.introduce(who, liveness) {
+                    let (why, said) = (Refusal::UnsafePlace, reason.clone());
+                    self.send(id, &FromBroker::Refused { id: 0, why, reason: said });
+                    return Err(reason);
+                }
                 let (your_pid, token) = (session.peer.pid, session.token);
                 self.watch_pidfd(id);
                 let broker_pid = std::process::id() as i32;

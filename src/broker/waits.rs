@@ -6,6 +6,7 @@ use crate::lock::queue::blockers;
 use crate::lock::turn::Word;
 use crate::lock::unused::{Unused, unused, uses};
 use crate::lock::{SeatId, Verdict};
+use crate::planted::planted;
 use crate::segment::atomic::SeqCst;
 use crate::segment::futex;
 use crate::segment::layout::PARKED;
@@ -28,6 +29,8 @@ const SUSPECT_RAN: u64 = 8_000_000;
 /// long.
 const SUSPECT_LIMIT: Duration = Duration::from_millis(200);
 const IDLE_SUSPECT_LIMIT: Duration = Duration::from_millis(50);
+/// So many threads of a process of another pid namespace are looked at to find one.
+const MOST_TASKS: usize = 256;
 /// A turn that is nobody's and that the first in the line does not take: it is woken again.
 const STILL: Duration = Duration::from_millis(8);
 /// Then it is somewhere else (a stopped process): the next one's.
@@ -98,11 +101,13 @@ impl Server {
             db.watch.ran = Some(ran);
             return;
         };
-        let limit = if seen.idle { IDLE_SUSPECT_LIMIT } else { SUSPECT_LIMIT };
-        let moved_on = match (first, ran) {
-            (Some(before), Some(after)) => after.saturating_sub(before) >= SUSPECT_RAN,
-            _ => true, // the kernel does not say: by the clock alone
-        } || seen.guessed;
+        let moved_on = seen.guessed
+            || match (first, ran) {
+                (Some(before), Some(after)) => after.saturating_sub(before) >= SUSPECT_RAN,
+                // Not told, it may be a thread that waits for a processor.
+                _ => planted("clock-alone"),
+            };
+        let limit = if seen.idle && ran.is_some() { IDLE_SUSPECT_LIMIT } else { SUSPECT_LIMIT };
         if moved_on || now.duration_since(since) >= limit {
             let turn = db.turn();
             // It may have ended that turn and taken another since it was looked at.
@@ -122,7 +127,7 @@ impl Server {
     /// The seat has begun to wait. If that closes a cycle, it is the youngest waiter of it, and will yield.
     pub(super) fn look_for_cycle(&mut self, start: SeatKey, now: Instant) {
         let known = self.cycles.iter().any(|c| c.start == start);
-        if !known && !crate::planted::planted("cycles-wait") {
+        if !known && !planted("cycles-wait") {
             self.cycles.push(Cycle { start, path: Vec::new(), seen: now });
         }
     }
@@ -330,9 +335,41 @@ fn keep_line_moving(db: &mut Database, now: Instant) {
     }
 }
 
-/// Nanoseconds that a thread has spent on a processor (`/proc/PID/task/TID/schedstat`, first field). A thread of
-/// another pid namespace has another number here and is not found.
+/// Nanoseconds that a thread has spent on a processor (`/proc/PID/task/TID/schedstat`, first field). Not told of a
+/// process that this pid namespace does not show: a broker in a container of its own.
 fn time_on_processor(pid: i32, thread: u32) -> Option<u64> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/task/{thread}/schedstat")).ok()?;
+    if pid <= 0 || planted("clock-alone") {
+        return None;
+    }
+    let task = task_of(pid, thread)?;
+    let text = std::fs::read_to_string(format!("/proc/{pid}/task/{task}/schedstat")).ok()?;
     text.split(' ').next()?.parse().ok()
+}
+
+/// The number here of a thread of the process: in a container it calls itself by another one, its own namespace's, which
+/// is the last of `NSpid` (proc(5)).
+fn task_of(pid: i32, thread: u32) -> Option<u32> {
+    let calls_itself = |task: u32| {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/task/{task}/status")).ok()?;
+        status.lines().find_map(|l| l.strip_prefix("NSpid:"))?.split_whitespace().next_back()?.parse().ok()
+    };
+    if calls_itself(thread) == Some(thread) {
+        return Some(thread);
+    }
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).ok()?;
+    let numbers = tasks.flatten().filter_map(|t| t.file_name().to_str()?.parse().ok());
+    numbers.take(MOST_TASKS).find(|task| calls_itself(*task) == Some(thread))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_threads_time_is_told_if_its_process_is_seen() {
+        let (pid, thread) = (std::process::id() as i32, nix::unistd::gettid().as_raw() as u32);
+        assert!(time_on_processor(pid, thread).is_some());
+        assert_eq!(time_on_processor(pid, u32::MAX), None);
+        assert_eq!(time_on_processor(0, thread), None);
+    }
 }

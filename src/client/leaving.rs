@@ -99,9 +99,11 @@ impl Member {
     /// The seat is not this process's any more. Returns the link over which the broker knows it, if that stands.
     fn unclaim(&self) -> Option<Arc<Link>> {
         let (seat, count) = (self.joined.seat, self.joined.count);
-        // Closed by the broker, its number may be another one's of this process.
+        // Closed by the broker, its number may be another one's of this process; and the next broker may not have taken it
+        // for this process's.
         let this = |had: &Had| had.seats.get(&seat).is_some_and(|c| c.count == count);
-        self.connected.session.give(|had| this(had).then(|| had.seats.remove(&seat))).1
+        let (was, link) = self.connected.session.give(|had| this(had) && had.seats.remove(&seat).is_some());
+        link.filter(|_| was || planted("leaves-what-is-not-its-own"))
     }
 
     /// The last one that uses the segment unmaps it, and closes what it has of it.
@@ -126,10 +128,15 @@ impl Member {
         if lost {
             self.unclaim();
             connected.forget();
-        } else if self.say_leave().is_err() && connected.session.is_lost() {
-            connected.forget();
-            // It has ended with our message unread.
-            self.leave_without_broker();
+        } else if self.say_leave().is_err() {
+            if connected.session.is_lost() {
+                connected.forget();
+                // It has ended with our message unread.
+                self.leave_without_broker();
+            } else {
+                // The broker does not know whose it is, and clears what nobody uses.
+                self.with_seat(|_, seat| seat.table.close_own(seat.id, self.joined.count));
+            }
         }
         self.unmap();
         segments.retain(|_, shared| shared.strong_count() > 0);

@@ -109,6 +109,13 @@ impl Table<'_> {
             && state.compare_exchange(word, word & !STATE | CLOSED, SeqCst, SeqCst).is_ok()
     }
 
+    /// Its own process does not use it any more. Given out again since, it is somebody else's, and stays.
+    pub fn close_own(self, seat: SeatId, count: u32) {
+        if let Some(state) = self.seat(seat).map(|s| &s.state) {
+            let _ = state.compare_exchange(count, count | CLOSED, SeqCst, SeqCst);
+        }
+    }
+
     /// The seat is being cleared: it is not in use any more, whatever it was.
     pub fn close(self, seat: SeatId) {
         if let Some(state) = self.seat(seat).map(|s| &s.state) {

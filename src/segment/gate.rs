@@ -89,8 +89,12 @@ fn drop_lock(fd: impl AsFd, bytes: (i64, i64)) {
 }
 
 /// Takes the gate on the description of `database` (and of `shm`), without waiting. On failure nothing is
-/// locked and the descriptors come back.
-pub fn close(database: OwnedFd, shm: Option<OwnedFd>) -> Result<Gate, (GateError, OwnedFd, Option<OwnedFd>)> {
+/// locked and the descriptors come back. `nonce`: of the segment that it is for.
+pub fn close(
+    database: OwnedFd,
+    shm: Option<OwnedFd>,
+    nonce: u64,
+) -> Result<Gate, (GateError, OwnedFd, Option<OwnedFd>)> {
     if let Err(e) = take(&database, DATABASE_BYTES) {
         return Err((e, database, shm));
     }
@@ -101,7 +105,7 @@ pub fn close(database: OwnedFd, shm: Option<OwnedFd>) -> Result<Gate, (GateError
         drop_lock(&database, DATABASE_BYTES);
         return Err((e, database, shm));
     }
-    match Hold::new(&database) {
+    match Hold::new(&database, nonce) {
         Ok(hold) => Ok(Gate { database, shm, hold }),
         Err(e) => {
             shm.iter().for_each(|fd| drop_lock(fd, SHM_BYTES));
@@ -155,6 +159,13 @@ pub fn stands(fd: impl AsFd) -> bool {
         Ok(_) => i32::from(seen.l_type) != libc::F_UNLCK && seen.l_pid == -1,
         Err(_) => false,
     }
+}
+
+/// The pid of a process with a lock of SQLite's on the database, seen through `fd`; 0 if it is of another pid namespace.
+pub fn plain_holder(fd: impl AsFd) -> Option<i32> {
+    let mut seen = flock(libc::F_WRLCK, DATABASE_BYTES);
+    fcntl(&fd, FcntlArg::F_GETLK(&mut seen)).ok()?;
+    (i32::from(seen.l_type) != libc::F_UNLCK && seen.l_pid != -1).then_some(seen.l_pid)
 }
 
 /// Whether `fd` is the description that carries the gate: an OFD lock stands there, and does not stand in the way

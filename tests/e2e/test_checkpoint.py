@@ -314,6 +314,43 @@ def test_a_killed_checkpointer_is_replaced():
         check_rows(path, broker.record)
 
 
+def is_stopped(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rpartition(")")[2].split()[0] in "Tt"
+    except OSError:
+        return False
+
+
+@waits
+@fails_without("stopped-checkpointer-left")
+@timeout(90)
+def test_a_stopped_checkpointer_holds_nobody_up():
+    """With the turn. It goes on; one that is stopped again and again is replaced, and it is not its database's fault."""
+    with Broker() as broker:
+        path = made(broker)
+        with Workers(2, write, 600.0, path, broker, options={"pad": 1500}) as workers:
+            workers.go()
+            pid = stop_in_turn(broker, path)
+            wait_until(lambda: not is_stopped(pid), timeout=12, what="it to go on")
+            pid = pid_of_checkpointer(broker)
+            end = time.monotonic() + 20
+            while pid_of_checkpointer(broker) == pid and time.monotonic() < end:
+                try:
+                    os.kill(pid, signal.SIGSTOP)
+                except ProcessLookupError:
+                    break
+                time.sleep(0.005)
+            assert wait_until(lambda: pid_of_checkpointer(broker) != pid, what="another checkpointer")
+            before = checkpoints(broker, path)["done"]
+            wait_until(lambda: checkpoints(broker, path)["done"] > before + 2, what="more checkpoints")
+            assert checkpoints(broker, path)["by"] == "broker"
+            for i in workers.processes:
+                workers.kill(i)
+        plain(path, "ALTER TABLE rows DROP COLUMN pad", retry=10)
+        check_rows(path, broker.record, killed=range(2))
+
+
 @waits
 @fails_without("given-up-in-silence")
 @timeout(90)

@@ -10,6 +10,7 @@ import time
 
 from harness import (PYTHON, Broker, Programs, Workers, check_rows, connect, create, fails_without, lib, plain,
                      plain_env, run_workers, slow, timeout, wait_until)
+from test_broker_death import kill_both
 from test_gate import JOINED, REFUSED, join_by_hand
 
 # A member in another process: says `ready`, then obeys lines.
@@ -398,6 +399,44 @@ def opening(w):
                 c.close()
         if w.measure(write, seq):
             seq += 1
+
+
+@fails_without("abandoned-before-claimed")
+def test_a_seat_that_rests_is_still_its_own_when_its_process_hands_the_database_back():
+    """Broker and keeper are gone. Between handing back and saying which seats it has, nobody else's word counts."""
+    with Broker() as broker:
+        db = create(broker.path("app.db"))
+        with Workers(1, "insert", 60.0, db, broker) as w:
+            w.ready()  # in, and has nothing to say
+            connect(db, broker=broker, mode="gated").close()
+            kill_both(broker)
+            broker.start()
+            member = connect(db, mode="gated")
+            member.execute("INSERT INTO rows VALUES('m', 1)")
+            assert broker.members(db, os.getpid()), broker.status()
+            member.close()
+            w.kill(0)
+        assert plain(db, "SELECT count(*) FROM rows", retry=10) == [["1"]]
+        assert "session ended" not in broker.log()
+
+
+@fails_without("leaves-what-is-not-its-own", message="session ended")
+def test_a_seat_that_the_next_broker_does_not_know_is_not_given_up_to_it():
+    """It rested in a segment that ended with a stopped broker. Said to the next one, its number would be another's: the
+    session would be ended, and all of its process's seats with it."""
+    with Broker() as broker:
+        db = create(broker.path("app.db"))
+        with Workers(1, "insert", 60.0, db, broker) as w:
+            w.ready()
+            connect(db, broker=broker, mode="gated").close()
+            broker.stop()
+            w.kill(0)
+        broker.start()
+        member = connect(db, mode="gated")
+        member.execute("INSERT INTO rows VALUES('m', 1)")
+        member.close()
+        assert plain(db, "SELECT count(*) FROM rows", retry=10) == [["1"]]
+        assert "session ended" not in broker.log(), broker.log()
 
 
 @timeout(120)

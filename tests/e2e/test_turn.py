@@ -381,3 +381,24 @@ def test_the_limit_is_busy_timeout_when_it_was_given():
             other.run("INSERT INTO rows VALUES('x', 2)")
         assert status_of(holder)["mode"] == "gated"
         holder.close()
+
+
+@fails_without("turn-noted-for-good", message="locked")
+def test_a_connection_that_has_written_is_in_nobodys_way():
+    """Two connections on one thread: the one that wrote a while ago is not what the other one waits for, and no
+    deadlock is to be seen in it."""
+    with Broker() as broker:
+        db = create(broker.path("app.db"))
+        first, second = connect(db, broker=broker, mode="gated"), connect(db, mode="gated")
+        with PlainShell(db, env=broker.env) as other:
+            other.run(f".load {lib()}")
+            for writes in ("INSERT INTO rows VALUES('first', 0)", "BEGIN; INSERT INTO rows VALUES('first', 1); COMMIT"):
+                first.executescript(writes)
+                other.run("BEGIN IMMEDIATE; INSERT INTO rows VALUES('other', 0)")
+                end = threading.Timer(0.4, other.send, ("COMMIT",))
+                end.start()
+                second.execute("INSERT INTO rows VALUES('second', 0)")
+                end.join()
+                other.answer()
+        first.close()
+        second.close()
