@@ -22,10 +22,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <strings.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
+
+#include "preload.h"
 
 struct sqlite3_api_routines;
 extern int turnstile_auto_init(sqlite3 *, char **, const struct sqlite3_api_routines *);
@@ -36,7 +37,6 @@ typedef int (*open16_fn)(const void *, sqlite3 **);
 typedef int (*close_fn)(sqlite3 *);
 typedef int (*auto_extension_fn)(void (*)(void));
 typedef sqlite3_vfs *(*vfs_find_fn)(const char *);
-typedef void *(*dlopen_fn)(const char *, int);
 
 /* ------------------------------------------------------------------ objects: what the dynamic linker loaded */
 
@@ -77,19 +77,9 @@ static int object_of(const void *address, struct object *out){
   return search.found;
 }
 
-static dlopen_fn real_dlopen(void){
-  static dlopen_fn real;
-  dlopen_fn found = __atomic_load_n(&real, __ATOMIC_RELAXED);
-  if( !found ){
-    found = (dlopen_fn)dlsym(RTLD_NEXT, "dlopen");
-    __atomic_store_n(&real, found, __ATOMIC_RELAXED);
-  }
-  return found;
-}
-
 /* A handle on an object that is loaded already; its dlsym() sees the object, then what the object needs. */
 static void *handle_of(const struct object *object, int flags){
-  dlopen_fn open = real_dlopen();
+  turnstile_dlopen_fn open = turnstile_real_dlopen();
   if( !open ) return NULL;
   void *handle = open(object->is_main ? NULL : object->name, RTLD_LAZY | RTLD_NOLOAD | flags);
   if( !handle ) dlerror(); /* the host's next dlerror() is not about us */
@@ -142,8 +132,7 @@ static void report_line(struct report *report, const char *line){
   report->length += length;
 }
 
-__attribute__((format(printf, 2, 3)))
-static void report_fact(const char *kind, const char *format, ...){
+void turnstile_report_fact(const char *kind, const char *format, ...){
   struct report report;
   char line[2048];
   va_list args;
@@ -228,17 +217,17 @@ static void attach(struct library *lib, const struct object *object){
     if( needed[i].to ) *needed[i].to = found;
   }
   if( missing ){
-    report_fact("unreached", "%s: it has no %s()", object->name, missing);
+    turnstile_report_fact("unreached", "%s: it has no %s()", object->name, missing);
     return;
   }
   if( !fork_guarded ) fork_guarded = pthread_atfork(NULL, NULL, after_fork_in_child)==0;
   rc = register_turnstile(lib);
   if( rc!=SQLITE_OK ){
-    report_fact("unreached", "%s: registering there failed with code %d", object->name, rc);
+    turnstile_report_fact("unreached", "%s: registering there failed with code %d", object->name, rc);
     return;
   }
   lib->state = LIBRARY_ATTACHED;
-  report_fact("attached", "%s", object->name);
+  turnstile_report_fact("attached", "%s", object->name);
 }
 
 /* sqlite3_reset_auto_extension() forgets us, and so does sqlite3_shutdown(), which also brings the unix VFS back
@@ -271,8 +260,8 @@ static struct library *library_for(const void *caller){
   open_v2_fn open_v2 = find_open_v2(caller, &object);
   if( !open_v2 ){
     int known = object_of(caller, &object);
-    report_fact("unreached", "%s: it opens a database, but the SQLite library that it uses cannot be found",
-                known && object.name[0] ? object.name : report_exe);
+    turnstile_report_fact("unreached", "%s: it opens a database, but the SQLite library that it uses cannot be found",
+                          known && object.name[0] ? object.name : report_exe);
     return NULL;
   }
   if( !attaching ) pthread_mutex_lock(&libraries_lock);
@@ -280,7 +269,7 @@ static struct library *library_for(const void *caller){
     if( libraries[i].open_v2==open_v2 || !libraries[i].open_v2 ) lib = &libraries[i];
   }
   if( !lib ){
-    report_fact("unreached", "%s: too many SQLite libraries in this process", object.name);
+    turnstile_report_fact("unreached", "%s: too many SQLite libraries in this process", object.name);
   }else if( !lib->open_v2 ){
     lib->open_v2 = open_v2;
     attach(lib, &object);
@@ -317,21 +306,6 @@ int sqlite3_open16(const void *name, sqlite3 **db){
   struct library *lib = library_for(__builtin_return_address(0));
   errno = saved;
   return lib && lib->open16 ? lib->open16(name, db) : no_library(db);
-}
-
-/* PHP loads its extensions RTLD_DEEPBIND, which puts their own libsqlite3 before any interposer. Only for objects
-** that are SQLite by name: others may depend on the flag.
-** A tail call, in every build: dlopen() takes its caller's run path from the return address. */
-#ifndef __clang__
-__attribute__((optimize("O2")))
-#endif
-void *dlopen(const char *file, int flags){
-#ifdef RTLD_DEEPBIND
-  if( file && (flags & RTLD_DEEPBIND) && strcasestr(strrchr(file, '/') ? strrchr(file, '/') : file, "sqlite") ){
-    flags &= ~RTLD_DEEPBIND;
-  }
-#endif
-  return real_dlopen()(file, flags);
 }
 
 /* ------------------------------------------------------------------------------ what this process is made of */

@@ -2,7 +2,9 @@
 
 mod checkpointer;
 mod cli;
+mod finder;
 mod keeper;
+mod receiver;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -35,6 +37,12 @@ enum Command {
     /// Likewise: it outlives the broker.
     #[command(hide = true)]
     Keeper,
+    /// Likewise: it looks for members that were left alone.
+    #[command(hide = true)]
+    Finder,
+    /// Likewise: it receives what other users send.
+    #[command(hide = true)]
+    Receiver,
     #[command(hide = true)]
     DemoWorker(cli::demo::worker::WorkerArgs),
     #[command(hide = true)]
@@ -50,6 +58,8 @@ fn main() -> ExitCode {
         Command::Bench(args) => cli::bench::run(args),
         Command::Checkpointer => checkpointer::run(),
         Command::Keeper => keeper::run(),
+        Command::Finder => finder::run(),
+        Command::Receiver => receiver::run(),
         Command::DemoWorker(args) => cli::demo::worker::run(args),
         Command::BenchWorker(args) => cli::bench::worker::run(args),
     }

@@ -147,6 +147,8 @@ impl Bench {
             limits: Limits { sessions: 10, databases: 3, descriptors: 12 },
             checkpointer: checkpointer.then(|| "/bin/false".into()),
             keeper: None,
+            finder: None,
+            receiver: None,
             linger: Duration::ZERO,
             replace: false,
             ready: None,

@@ -11,6 +11,7 @@ use crate::segment::gate::Gate;
 use crate::segment::hold::Hold;
 use crate::segment::layout::{CHECKPOINTER, LAYOUT_VERSION};
 use crate::segment::mapping::ControlMap;
+use crate::segment::names::Place;
 use crate::segment::supervision::{self, Office};
 use crate::wire::keeper::{
     FromKeeper, Greeting, KEEPER_MAGIC, KEEPER_VERSION, Kept, KeptDatabase, KeptSeat, ToKeeper,
@@ -56,6 +57,8 @@ pub struct Left {
     keeper: OwnedFd,
     pid: i32,
     kept: Vec<(Kept, Vec<OwnedFd>)>,
+    /// On which the last broker listened.
+    pub listener: Option<(Place, OwnedFd)>,
 }
 
 /// Databases are numbered from here. A member that hands a database back knows it by the number that a broker before
@@ -132,7 +135,7 @@ pub fn take_back(broker: &Path) -> Result<Option<Left>, super::ServeError> {
         std::thread::sleep(Duration::from_millis(2));
     };
     socket::send_within(&keeper, &socket::encode(&ToKeeper::GiveBack)?, &[], PATIENCE)?;
-    let mut kept = Vec::new();
+    let (mut kept, mut listener) = (Vec::new(), None);
     loop {
         let packet = match receive(&keeper, Instant::now() + PATIENCE) {
             Err(e) if e.kind() == io::ErrorKind::UnexpectedEof && kept.is_empty() => return Ok(None),
@@ -142,8 +145,11 @@ pub fn take_back(broker: &Path) -> Result<Option<Left>, super::ServeError> {
             return Err(io::Error::other("too many open files for what the last broker left").into());
         }
         match packet.decode()? {
+            FromKeeper::Kept(Kept::Listener(place)) => {
+                listener = packet.fds.into_iter().next().map(|fd| (place, fd));
+            }
             FromKeeper::Kept(one) => kept.push((one, packet.fds)),
-            FromKeeper::All => return Ok(Some(Left { keeper, pid, kept })),
+            FromKeeper::All => return Ok(Some(Left { keeper, pid, kept, listener })),
         }
     }
 }
@@ -238,7 +244,7 @@ impl Server {
                         piece.seats.push(seat);
                     }
                 }
-                Kept::SessionGone(_) | Kept::DatabaseGone(_) | Kept::SeatGone(_) => {}
+                Kept::SessionGone(_) | Kept::DatabaseGone(_) | Kept::SeatGone(_) | Kept::Listener(_) => {}
             }
         }
         let _ = self.epoll.add(&left.keeper, EpollEvent::new(EpollFlags::EPOLLIN, KEEPER_SOCKET));

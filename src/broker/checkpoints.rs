@@ -289,7 +289,9 @@ impl Server {
         let status = running.child.wait().map_or_else(|e| e.to_string(), |s| s.to_string());
         let _ = self.epoll.delete(&running.socket);
         let _ = self.epoll.delete(&running.pidfd);
-        self.blame(&status);
+        if !running.replaced {
+            self.blame(&status);
+        }
         let known: Vec<u32> =
             self.databases.iter().filter(|(_, d)| d.checkpoints.introduced).map(|(n, _)| *n).collect();
         for number in &known {

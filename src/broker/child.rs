@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::process::{Child, Command, Stdio};
+use std::time::Instant;
 
 /// The process, if there is one.
 #[derive(Debug, Default)]
@@ -30,6 +31,11 @@ pub(super) struct Running {
     pub(super) child: Child,
     pub(super) socket: OwnedFd,
     pub(super) pidfd: OwnedFd,
+    /// When it was last looked at, and since when it is known to be stopped.
+    pub(super) looked: Option<Instant>,
+    pub(super) stopped: Option<Instant>,
+    /// It was killed because it stayed so.
+    pub(super) replaced: bool,
     outbox: Outbox,
 }
 
@@ -40,10 +46,10 @@ impl Server {
             tracing::debug!("cannot talk to the checkpointer: {e}");
             self.checkpointer.kill();
         }
-        self.watch_checkpointer();
+        self.watch_for_room_of_checkpointer();
     }
 
-    fn watch_checkpointer(&self) {
+    fn watch_for_room_of_checkpointer(&self) {
         if let Some(running) = &self.checkpointer.running {
             let out = if running.outbox.is_empty() { EpollFlags::empty() } else { EpollFlags::EPOLLOUT };
             let mut event = EpollEvent::new(EpollFlags::EPOLLIN | out, CHECKPOINTER_SOCKET);
@@ -70,7 +76,10 @@ impl Server {
         self.epoll.add(&ours, EpollEvent::new(EpollFlags::EPOLLIN, CHECKPOINTER_SOCKET))?;
         self.epoll.add(&pidfd, EpollEvent::new(EpollFlags::EPOLLIN, CHECKPOINTER_PIDFD))?;
         tracing::info!(pid, "checkpointer started");
-        self.checkpointer.running = Some(Running { child, socket: ours, pidfd, outbox: Outbox::default() });
+        let (looked, stopped, replaced) = (None, None, false);
+        let outbox = Outbox::default();
+        self.checkpointer.running =
+            Some(Running { child, socket: ours, pidfd, looked, stopped, replaced, outbox });
         Ok(())
     }
 }

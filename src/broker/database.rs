@@ -12,6 +12,7 @@ use crate::segment::gate::Gate;
 use crate::segment::layout::{CHECKPOINTER, CONTROL_SIZE, CheckpointWords, REGION_SIZE, WAL_INDEX_SIZE};
 use crate::segment::mapping::ControlMap;
 use crate::segment::memfd;
+use crate::segment::names::{Name, Part, Place};
 use crate::segment::supervision::{self, Held, Office};
 use crate::segment::wal_index::WalIndex;
 use crate::wire::message::Role;
@@ -74,16 +75,11 @@ pub struct Segment {
 }
 
 impl Segment {
-    pub fn create() -> io::Result<Segment> {
-        let control_fd = memfd::create(c"turnstile-control", CONTROL_SIZE)?;
-        let wal_index_fd = memfd::create(c"turnstile-wal-index", WAL_INDEX_SIZE)?;
-        let mut nonce = [0u8; 8];
-        // SAFETY: getrandom writes at most the eight bytes it is given room for.
-        let n = unsafe { libc::getrandom(nonce.as_mut_ptr().cast(), nonce.len(), 0) };
-        if n != nonce.len() as isize {
-            return Err(io::Error::last_os_error());
-        }
-        let nonce = u64::from_ne_bytes(nonce);
+    /// `place`: of the broker that makes it.
+    pub fn create(nonce: u64, place: Place) -> io::Result<Segment> {
+        let named = |part| Name { part, nonce, place }.to_c();
+        let control_fd = memfd::create(&named(Part::Control), CONTROL_SIZE)?;
+        let wal_index_fd = memfd::create(&named(Part::WalIndex), WAL_INDEX_SIZE)?;
         let control = ControlMap::create(&control_fd, nonce)?;
         Segment::supervised(control_fd, wal_index_fd, control, nonce)
     }

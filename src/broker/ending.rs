@@ -2,7 +2,9 @@
 
 use super::server::Server;
 use super::session::Stage;
+use crate::planted::planted;
 use std::os::fd::AsFd;
+use std::time::Instant;
 
 impl Server {
     /// Ends a session that broke the rules. Its seats stay until it is proven dead or lets go.
@@ -23,6 +25,7 @@ impl Server {
             self.users.silenced(session, socket);
         }
         session.stage = Stage::Silent;
+        session.since = Instant::now();
         if session.seats.is_empty() {
             self.drop_session(id);
         } else if session.let_go() {
@@ -43,6 +46,9 @@ impl Server {
 
     pub(super) fn session_died(&mut self, id: u64, how: &str) {
         let Some(session) = self.sessions.get(&id) else { return };
+        if planted("deaths-unnoticed") {
+            return;
+        }
         let seats: Vec<_> = session.seats.iter().copied().collect();
         if !seats.is_empty() {
             tracing::info!(session = id, client = session.label(), seats = seats.len(), "cleared: {how}");

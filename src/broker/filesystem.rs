@@ -44,11 +44,18 @@ const LOCAL: &[&str] = &[
 pub struct Mount {
     pub id: u64,
     pub kind: String,
+    /// It is in our own mount namespace, or another one of the same filesystem is.
+    pub own: bool,
 }
 
 impl Mount {
     pub fn is_local(&self) -> bool {
         LOCAL.contains(&self.kind.as_str())
+    }
+
+    /// Its files are another filesystem's.
+    pub fn is_stacked(&self) -> bool {
+        matches!(self.kind.as_str(), "overlay" | "ecryptfs" | "shiftfs")
     }
 
     /// Why a file here is refused, for people.
@@ -92,8 +99,14 @@ pub fn mount_of(fd: impl AsFd, peer_pid: i32, known: &[Mount]) -> Option<Mount> 
     let own = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let by_id = |table: &str| kind_in(table, |fields| fields.first() == Some(&id.to_string().as_str()));
     let peers = || fs::read_to_string(format!("/proc/{peer_pid}/mountinfo")).ok();
-    let kind = by_id(&own).or_else(|| by_id(&peers()?)).or_else(|| kind_by_device(fd, &own))?;
-    Some(Mount { id, kind })
+    if let Some(kind) = by_id(&own) {
+        return Some(Mount { id, kind, own: true });
+    }
+    if let Some(kind) = by_id(&peers().unwrap_or_default()) {
+        return Some(Mount { id, kind, own: false });
+    }
+    let kind = kind_by_device(fd, &own)?;
+    Some(Mount { id, kind, own: true })
 }
 
 /// The type of a filesystem whose mount cannot be seen from here (a broker in a container of its own): of
@@ -191,7 +204,7 @@ mod tests {
             ("nfs4", "other hosts do not see"),
             ("somethingfs", "does not know to be local"),
         ] {
-            let mount = Mount { id: 1, kind: kind.into() };
+            let mount = Mount { id: 1, kind: kind.into(), own: true };
             assert!(!mount.is_local(), "{kind}");
             assert!(mount.reason().contains(says), "{}", mount.reason());
         }

@@ -1,5 +1,6 @@
 //! Descriptors that other users send. On a filesystem of their own (FUSE) `fstat`, `fcntl` and even `close` may wait for
-//! ever, unkillably: so one that may be on such a filesystem is touched by nobody here, and not closed either.
+//! ever, unkillably. So they are received and judged in processes of their own ([`super::receiving`]), and what may be on
+//! such a filesystem stays there.
 
 use super::filesystem::mount_of;
 use super::server::Server;
@@ -8,20 +9,32 @@ use crate::planted::planted;
 use crate::segment::memfd;
 use crate::wire::message::{Refusal, ToBroker};
 use crate::wire::socket::Packet;
-use std::mem;
-use std::os::fd::OwnedFd;
+use nix::sys::socket::{UnixAddr, getsockname, getsockopt, sockopt::SockType};
+use std::fs;
+use std::os::fd::{AsRawFd, OwnedFd};
 
-/// So many are kept of one user; then it is let in no more.
+/// So many are taken of one user; then it is let in no more.
 pub const MOST_ASIDE: usize = 16;
 
 impl Server {
-    /// A packet as it came. An error is a broken rule and ends the session.
-    pub(super) fn received(&mut self, id: u64, mut packet: Packet) -> Result<(), String> {
-        let aside = self.set_aside(id, &mut packet);
+    /// The session's packets are not to be received here if they have descriptors.
+    pub(super) fn is_foreign(&self, id: u64) -> bool {
+        let uid = self.sessions.get(&id).map_or(0, |s| s.peer.uid);
+        let trusted = uid == 0 || uid == nix::unistd::geteuid().as_raw() || self.options.allow_unsafe;
+        !trusted && !planted("foreign-descriptors-closed")
+    }
+
+    /// A packet, and why some of its descriptors have been left out. An error is a broken rule and ends the session.
+    pub(super) fn received(
+        &mut self,
+        id: u64,
+        packet: Packet,
+        left_out: Option<String>,
+    ) -> Result<(), String> {
         if packet.too_much {
             return Err("protocol: a packet too long, or with too many descriptors".into());
         }
-        let Some(reason) = aside else { return self.packet(id, packet) };
+        let Some(reason) = left_out else { return self.packet(id, packet) };
         let open = self.sessions.get(&id).is_some_and(|s| s.stage == Stage::Open);
         match packet.decode() {
             Ok(ToBroker::Join { id: request, .. }) if open => {
@@ -31,39 +44,38 @@ impl Server {
             _ => Err(reason),
         }
     }
-
-    /// Takes what must not be touched out of another user's packet, and says what it was.
-    fn set_aside(&mut self, id: u64, packet: &mut Packet) -> Option<String> {
-        let peer = &self.sessions.get(&id)?.peer;
-        let (uid, pid) = (peer.uid, peer.pid);
-        let trusted = uid == 0 || uid == nix::unistd::geteuid().as_raw() || self.options.allow_unsafe;
-        if trusted || planted("foreign-descriptors-closed") {
-            return None;
-        }
-        let mut reason = None;
-        for fd in mem::take(&mut packet.fds) {
-            match unsafe_place(&fd, pid) {
-                None => packet.fds.push(fd),
-                Some(why) => {
-                    mem::forget(fd);
-                    self.users.set_aside(uid);
-                    reason = Some(why);
-                }
-            }
-        }
-        reason
-    }
 }
 
-/// Why the descriptor must not be touched. What is asked here, the kernel answers by itself.
-fn unsafe_place(fd: &OwnedFd, peer_pid: i32) -> Option<String> {
-    // Only a memfd answers; no other file is asked anything.
-    if memfd::is_sealed(fd) {
+/// Why a descriptor of another user's must not be touched. What is asked here, the kernel answers by itself.
+pub fn unsafe_place(fd: &OwnedFd, peer_pid: i32) -> Option<String> {
+    // Only a memfd answers the first and only a socket the second; no other file is asked anything.
+    if memfd::is_sealed(fd) || is_unix_socket(fd) {
         return None;
     }
     match mount_of(fd, peer_pid, &[]) {
+        // Another filesystem may lie below it, and its own user may have put it there.
+        Some(mount) if mount.is_stacked() && !mount.own && !is_of_our_user_namespace(peer_pid) => {
+            Some(format!(
+                "it is on a filesystem ({}) that was mounted in a user namespace, over others that may never answer",
+                mount.kind
+            ))
+        }
         Some(mount) if mount.is_local() => None,
         Some(mount) => Some(mount.reason()),
         None => Some("the broker cannot tell which filesystem it is on".into()),
     }
+}
+
+/// Other sockets may be closed slowly (socket(7), SO_LINGER).
+fn is_unix_socket(fd: &OwnedFd) -> bool {
+    !planted("sockets-are-strange")
+        && getsockopt(fd, SockType).is_ok()
+        && getsockname::<UnixAddr>(fd.as_raw_fd()).is_ok()
+}
+
+/// In another one its process might have been allowed to mount what it likes.
+fn is_of_our_user_namespace(pid: i32) -> bool {
+    let of = |who: &str| fs::read_link(format!("/proc/{who}/ns/user")).ok();
+    let same = pid > 0 && of("self").is_some_and(|own| of(&pid.to_string()) == Some(own));
+    same || planted("stacked-is-local")
 }

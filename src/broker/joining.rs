@@ -1,41 +1,15 @@
 //! From a judged descriptor to a seat: the gate, or guest mode when plain clients hold the file.
 
-use super::database::{Database, Seat, Segment, State};
-use super::join::{self, Candidate, Refused};
-use super::limits::{MOST_JOINS, too_many};
+use super::database::{Seat, Segment, State};
+use super::forming::{Forming, Pending};
+use super::join::{self, Refused};
+use super::limits::{MOST_JOINS, READERS, READERS_OF_A_USER, too_many};
 use super::server::Server;
 use crate::planted::planted;
-use crate::segment::gate::{self, Conflict, GateError};
-use crate::segment::mapping::ControlMap;
+use crate::segment::atomic::SeqCst;
 use crate::wire::message::{FromBroker, Join, Joined, Mode, Refusal, Role, SeatKey};
 use std::os::fd::OwnedFd;
-use std::time::{Duration, Instant, SystemTime};
-
-/// How long the gate is tried for: a plain client may just be passing.
-const GATE_PATIENCE: Duration = Duration::from_millis(100);
-/// Between two tries.
-const GATE_RETRY: Duration = Duration::from_millis(2);
-
-/// A join that waits for the gate.
-struct Pending {
-    session: u64,
-    id: u64,
-    join: Join,
-    candidate: Candidate,
-}
-
-/// A database whose gate is being tried for.
-pub struct Forming {
-    joins: Vec<Pending>,
-    since: Instant,
-    pub next_try: Instant,
-}
-
-impl Forming {
-    pub fn forget_session(&mut self, session: u64) {
-        self.joins.retain(|p| p.session != session);
-    }
-}
+use std::time::{Instant, SystemTime};
 
 impl Server {
     /// A `Join` message.
@@ -95,96 +69,35 @@ impl Server {
             return Err(too_many(uid, "databases", limit, "databases"));
         }
         let now = Instant::now();
-        self.forming.push(Forming { joins: vec![pending], since: now, next_try: now });
+        self.forming.push(Forming::new(pending, now));
         self.try_forming(now);
         Ok(())
     }
 
-    fn number_of(&self, identity: super::database::Identity) -> Option<u32> {
+    pub(super) fn number_of(&self, identity: super::database::Identity) -> Option<u32> {
         self.databases.iter().find(|(_, d)| d.identity == identity).map(|(n, _)| *n)
     }
 
-    /// Tries the gate of every forming database that is due.
-    pub(super) fn try_forming(&mut self, now: Instant) {
-        let (due, rest) =
-            std::mem::take(&mut self.forming).into_iter().partition(|f: &Forming| now >= f.next_try);
-        self.forming = rest;
-        for forming in due {
-            self.try_one(forming, now);
+    /// Who may only read a database does not take all of its seats.
+    fn room_for_reader(&self, number: u32, session: u64) -> Result<(), Refused> {
+        let Some(db) = self.databases.get(&number) else { return Ok(()) };
+        let user = |session: u64| self.sessions.get(&session).map(|s| s.peer.uid);
+        let readers = || db.seats.values().filter(|s| s.role == Role::ReadOnly).map(|s| user(s.session));
+        let (all, own) = (readers().count(), readers().filter(|uid| *uid == user(session)).count());
+        if (all < READERS && own < READERS_OF_A_USER) || planted("readers-take-all") {
+            return Ok(());
         }
-        self.forming.sort_by_key(|f| f.next_try);
+        let reason = format!(
+            "clients that may only read have {all} of its seats, {own} of them this user's: the others are for those who \
+             may write"
+        );
+        Err((Refusal::Exhausted, reason))
     }
 
-    fn try_one(&mut self, mut forming: Forming, now: Instant) {
-        let sessions = &self.sessions;
-        forming.joins.retain(|p| sessions.contains_key(&p.session));
-        let Some(first) = forming.joins.first_mut() else { return };
-        let Candidate { home, identity, .. } = &first.candidate;
-        if self.name_is_taken(&home.clone(), *identity) && !planted("name-not-looked-at") {
-            forming.next_try = now + GATE_RETRY;
-            self.forming.push(forming);
-            return;
+    pub(super) fn take_seat(&mut self, number: u32, p: Pending) -> Result<(), Refused> {
+        if p.candidate.role == Role::ReadOnly {
+            self.room_for_reader(number, p.session)?;
         }
-        let state = if first.join.guest {
-            guest("asked for (TURNSTILE_MODE=guest)")
-        } else if first.candidate.role == Role::ReadOnly {
-            guest("the first member may only read, and a gate needs a writer")
-        } else if first.candidate.shm_unseen {
-            guest("its -shm file cannot be opened for writing by the first member")
-        } else {
-            match try_gate(&mut first.candidate) {
-                Ok(Some(state)) => Ok(state),
-                Ok(None) if now.duration_since(forming.since) < GATE_PATIENCE => {
-                    forming.next_try = now + GATE_RETRY;
-                    self.forming.push(forming);
-                    return;
-                }
-                Ok(None) => guest("plain SQLite clients hold the file"),
-                Err(refused) => Err(refused),
-            }
-        };
-        match state {
-            Err((why, reason)) => {
-                for p in forming.joins {
-                    self.refuse(p.session, p.id, why, reason.clone());
-                }
-            }
-            Ok(state) => {
-                let number = self.found(&forming.joins[0], state);
-                for p in forming.joins {
-                    let (session, id) = (p.session, p.id);
-                    if let Err((why, reason)) = self.take_seat(number, p) {
-                        self.refuse(session, id, why, reason);
-                    }
-                }
-                self.drop_if_unused(number);
-            }
-        }
-    }
-
-    fn found(&mut self, first: &Pending, state: State) -> u32 {
-        let candidate = &first.candidate;
-        let founder = self.sessions.get(&first.session).map_or(0, |s| s.peer.uid);
-        while self.databases.contains_key(&self.next_database) {
-            self.next_database = self.next_database.wrapping_add(1);
-        }
-        let number = self.next_database;
-        self.next_database = number.wrapping_add(1);
-        let mode = match &state {
-            State::Gated { .. } => "gated".to_owned(),
-            State::Guest { reason, .. } => format!("guest: {reason}"),
-        };
-        tracing::info!(database = number, name = candidate.home.display(), identity = ?candidate.identity, mode, "opened");
-        let db = Database::new(candidate.identity, founder, state);
-        self.start_keeper();
-        self.keeping.database(number, &db);
-        self.databases.insert(number, db);
-        self.offer_checkpoints(number);
-        self.offer_linger(number);
-        number
-    }
-
-    fn take_seat(&mut self, number: u32, p: Pending) -> Result<(), Refused> {
         let Some(db) = self.databases.get_mut(&number) else { return Ok(()) };
         let role = p.candidate.role;
         match &db.home {
@@ -199,7 +112,7 @@ impl Server {
             Some(_) => {}
             None if role == Role::ReadWrite => {
                 self.keeping.home(number, &p.candidate.home);
-                db.home = Some(p.candidate.home.clone());
+                db.is_at(number, p.candidate.home.clone());
             }
             None => {} // a reader's word binds nobody
         }
@@ -263,6 +176,9 @@ impl Server {
         // seats in use.
         self.keeping.session(session);
         self.keeping.seat(key, &taken);
+        if let Some(words) = db.table().seat(seat) {
+            words.holder.store(session.lives_by().unwrap_or(0), SeqCst);
+        }
         db.table().hand_out(seat);
         if let Err(e) = session.send(&FromBroker::Joined { id: p.id, joined }, &fds) {
             db.table().members.clear(seat);
@@ -338,44 +254,7 @@ impl Server {
     }
 }
 
-fn guest(reason: &str) -> Result<State, Refused> {
-    let turns = ControlMap::private().map_err(|e| (Refusal::Exhausted, format!("no memory: {e}")))?;
-    Ok(State::Guest { reason: reason.into(), turns })
-}
-
 fn read_only_segment(segment: &Segment) -> std::io::Result<[OwnedFd; 2]> {
     use crate::segment::memfd::reopen_read_only;
     Ok([reopen_read_only(&segment.control_fd)?, reopen_read_only(&segment.wal_index_fd)?])
-}
-
-/// Takes the gate on the candidate's own descriptor. `Ok(None)`: plain clients hold the file.
-fn try_gate(candidate: &mut Candidate) -> Result<Option<State>, Refused> {
-    let exhausted = |e: std::io::Error| (Refusal::Exhausted, format!("cannot make the segment: {e}"));
-    let database = candidate.database.try_clone().map_err(exhausted)?;
-    let shm = candidate.shm.as_ref().map(|fd| fd.try_clone()).transpose().map_err(exhausted)?;
-    match gate::close(database, shm) {
-        Ok(gate) => {
-            let segment = match Segment::create() {
-                Ok(segment) => Box::new(segment),
-                Err(e) => {
-                    gate.open();
-                    return Err(exhausted(e));
-                }
-            };
-            Ok(Some(State::Gated { gate, segment }))
-        }
-        Err((GateError::Conflict(Conflict::Plain(_)), ..)) => Ok(None),
-        Err((GateError::Conflict(Conflict::OtherGate), ..)) => Err((
-            Refusal::OtherBroker,
-            format!(
-                "another broker has it, or members whose broker is gone hold the gate of '{}' and have not come back \
-                 yet: use that broker's socket, or end those processes (`fuser` names them)",
-                candidate.home.display()
-            ),
-        )),
-        Err((e @ GateError::Unholdable(_), ..)) => Err((Refusal::Exhausted, e.to_string())),
-        Err((GateError::Unlockable(e), ..)) => {
-            Err((Refusal::UnsafePlace, format!("the filesystem cannot lock it: {e}")))
-        }
-    }
 }

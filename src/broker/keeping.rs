@@ -4,6 +4,7 @@
 //! has been sent; and what the keeper knows and no client does is found out when the client comes back.
 
 use super::database::{Database, Home, Seat, State};
+use super::listen::Listener;
 use super::outbox::Outbox;
 use super::server::{KEEPER_SOCKET, Server};
 use super::session::Session;
@@ -182,6 +183,15 @@ impl Keeping {
             count: seat.count,
         };
         self.keep(Kept::Seat(kept), &[]);
+    }
+
+    /// Whoever knocks from now on is the next broker's.
+    pub fn listener(&mut self, listener: &Listener) {
+        if let Some(place) = listener.leads_to()
+            && !planted("listener-not-handed-over")
+        {
+            self.keep(Kept::Listener(place), &[&listener.socket]);
+        }
     }
 
     pub fn seat_gone(&mut self, key: SeatKey) {

@@ -4,6 +4,7 @@
 use super::foreign::MOST_ASIDE;
 use super::join::Refused;
 use super::session::Session;
+use crate::segment::layout::MAX_SEATS;
 use crate::wire::message::Refusal;
 use crate::wire::socket;
 use nix::sys::socket::{Shutdown, shutdown};
@@ -17,6 +18,10 @@ const SESSION_COSTS: u64 = 3;
 const DATABASE_COSTS: u64 = 7;
 /// Joins of one session that may wait for a gate at a time. A process makes one after the other.
 pub const MOST_JOINS: usize = 16;
+/// Seats of one database that clients have who may only read it: all of them, and those of one user. The rest is for those
+/// who may write.
+pub const READERS: usize = MAX_SEATS / 4 * 3;
+pub const READERS_OF_A_USER: usize = MAX_SEATS / 2;
 /// Lines of the log that are written in a second because of one user.
 const LINES: usize = 100;
 
@@ -89,6 +94,10 @@ impl Users {
     /// It has sent too many of those.
     pub fn is_outcast(&self, uid: u32) -> bool {
         self.0.get(&uid).is_some_and(|user| user.aside >= MOST_ASIDE)
+    }
+
+    pub fn outcasts(&self) -> impl Iterator<Item = u32> + '_ {
+        self.uids().filter(|uid| self.is_outcast(*uid))
     }
 
     pub fn arrived(&mut self, uid: u32) {

@@ -1,13 +1,16 @@
 //! The broker's socket: one broker a path, and never a moment at which the path leads nowhere.
 
+use crate::segment::names::Place;
 use crate::wire::socket::{new_socket, short_path};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
-use nix::sys::socket::{Backlog, UnixAddr, bind, listen};
+use nix::sys::socket::sockopt::AcceptConn;
+use nix::sys::socket::{Backlog, UnixAddr, bind, getsockopt, listen};
+use nix::sys::stat::fstat;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -23,6 +26,7 @@ pub enum ListenError {
 #[derive(Debug)]
 pub struct Lock {
     path: PathBuf,
+    place: Place,
     _file: Flock<File>,
 }
 
@@ -30,6 +34,8 @@ pub struct Lock {
 #[derive(Debug)]
 pub struct Listener {
     pub socket: OwnedFd,
+    /// There was another broker's socket, which had not been removed.
+    pub replaced: bool,
     lock: Lock,
 }
 
@@ -54,7 +60,11 @@ impl Lock {
         let end = Instant::now() + patience;
         loop {
             file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(file) => return Ok(Lock { path: path.to_owned(), _file: file }),
+                Ok(file) => {
+                    let st = fstat(&*file).map_err(|e| io_error(e.into()))?;
+                    let place = Place { device: st.st_dev, inode: st.st_ino };
+                    return Ok(Lock { path: path.to_owned(), place, _file: file });
+                }
                 Err((file, Errno::EWOULDBLOCK)) if Instant::now() < end => file,
                 Err((_, Errno::EWOULDBLOCK)) => return Err(ListenError::Taken(path.to_owned())),
                 Err((_, e)) => return Err(io_error(e.into())),
@@ -68,8 +78,38 @@ impl Listener {
     /// Listens on the path, replacing the socket of a broker that died. `everyone`: any uid may connect (the proof
     /// of access is the database's descriptor, not the socket).
     pub fn bind(lock: Lock, everyone: bool) -> Result<Listener, ListenError> {
+        let replaced = lock.path.exists();
         let socket = listen_at(&lock.path, everyone).map_err(|e| ListenError::Io(lock.path.clone(), e))?;
-        Ok(Listener { socket, lock })
+        Ok(Listener { socket, replaced, lock })
+    }
+
+    /// The socket of the last broker, in which those who have knocked since are waiting; if its path still leads there.
+    pub fn take_on(
+        lock: Lock,
+        everyone: bool,
+        (place, socket): (Place, OwnedFd),
+    ) -> Result<Listener, ListenError> {
+        let listens = getsockopt(&socket, AcceptConn).unwrap_or(false);
+        let listener = Listener { socket, replaced: false, lock };
+        // Again: whoever connects from now on is told that it is this process which listens (unix(7), SO_PEERCRED).
+        let listens = listens && listen(&listener.socket, backlog()).is_ok();
+        if !listens || listener.leads_to() != Some(place) {
+            return Listener::bind(listener.lock, everyone);
+        }
+        fs::set_permissions(listener.path(), permissions(everyone))
+            .map_err(|e| ListenError::Io(listener.path().to_owned(), e))?;
+        Ok(listener)
+    }
+
+    /// The file that the path leads to.
+    pub fn leads_to(&self) -> Option<Place> {
+        let meta = fs::symlink_metadata(self.path()).ok().filter(|m| m.file_type().is_socket())?;
+        Some(Place { device: meta.dev(), inode: meta.ino() })
+    }
+
+    /// By which the broker's segments are known to be of this socket.
+    pub fn place(&self) -> Place {
+        self.lock.place
     }
 
     pub fn path(&self) -> &Path {
@@ -82,6 +122,14 @@ impl Listener {
     }
 }
 
+fn backlog() -> Backlog {
+    Backlog::new(1024).unwrap_or(Backlog::MAXCONN)
+}
+
+fn permissions(everyone: bool) -> fs::Permissions {
+    fs::Permissions::from_mode(if everyone { 0o666 } else { 0o600 })
+}
+
 fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
@@ -90,22 +138,19 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
 
 /// Binds under a temporary name and renames: whoever finds the path finds a socket that listens.
 pub(super) fn listen_at(path: &Path, everyone: bool) -> io::Result<OwnedFd> {
-    if let Ok(meta) = fs::symlink_metadata(path) {
-        use std::os::unix::fs::FileTypeExt;
-        if !meta.file_type().is_socket() {
-            return Err(io::Error::new(
-                io::ErrorKind::AlreadyExists,
-                "a file that is not a socket is in the way",
-            ));
-        }
+    if fs::symlink_metadata(path).is_ok_and(|meta| !meta.file_type().is_socket()) {
+        return Err(io::Error::new(
+            io::ErrorKind::AlreadyExists,
+            "a file that is not a socket is in the way",
+        ));
     }
     let temporary = with_suffix(path, ".new");
     let _ = fs::remove_file(&temporary);
     let socket = new_socket()?;
     let (_dir, short) = short_path(&temporary)?;
     bind(socket.as_raw_fd(), &UnixAddr::new(&short)?)?;
-    fs::set_permissions(&temporary, fs::Permissions::from_mode(if everyone { 0o666 } else { 0o600 }))?;
-    listen(&socket, Backlog::new(1024)?)?;
+    fs::set_permissions(&temporary, permissions(everyone))?;
+    listen(&socket, backlog())?;
     fs::rename(&temporary, path)?;
     Ok(socket)
 }

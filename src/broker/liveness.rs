@@ -24,7 +24,11 @@ pub struct Peer {
 /// Reads the peer's credentials and its pidfd from the socket.
 pub fn peer_of(socket: impl AsFd) -> nix::Result<Peer> {
     let credentials = getsockopt(&socket, PeerCredentials)?;
-    Ok(Peer { uid: credentials.uid(), pid: credentials.pid(), pidfd: peer_pidfd(&socket) })
+    let pidfd = match planted("peers-by-number") {
+        true => pidfd_of_child(credentials.pid()),
+        false => peer_pidfd(&socket),
+    };
+    Ok(Peer { uid: credentials.uid(), pid: credentials.pid(), pidfd })
 }
 
 fn peer_pidfd(socket: impl AsFd) -> Option<OwnedFd> {

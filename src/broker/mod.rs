@@ -3,13 +3,15 @@
 //! * [`listen`]: the socket. [`admitting`]: who gets in. [`limits`]: what one user may have. [`session`]: a client process.
 //!   [`liveness`]: is it alive. [`ending`]: how it ends.
 //! * [`join`]: judging descriptors. [`filesystem`]: where they are. [`foreign`]: those that must not be
-//!   touched. [`joining`]: gate or guest mode.
+//!   touched, [`receiving`]: nor received here. [`joining`]: to a seat. [`forming`]: gate or guest mode.
 //! * [`database`]: one database's seats, locks and segment. [`requests`]: messages become lock requests.
-//! * [`checkpoints`]: the checkpointer, a process of its own ([`child`]). [`blame`]: whose fault its death is.
+//! * [`checkpoints`]: the checkpointer, a process of its own ([`child`]). [`blame`]: whose fault its death is. [`watchdog`]:
+//!   it is not stopped for long.
 //!   [`waits`]: waits that would never end. [`report`]: `status`.
 //! * [`linger`]: databases that nobody has open for a moment. [`keeping`]: what the next broker will need. [`adopting`]:
-//!   what the last one left. [`returning`]: clients that had a session before.
-//! * [`stop`]: the end. [`server`]: the loop that drives it all.
+//!   what the last one left. [`returning`]: clients that had a session before. [`searching`]: for what was left to nobody,
+//!   [`found`]: and taken over. [`origin`]: what the segment says of its database.
+//! * [`stop`]: the end. [`server`]: the loop that drives it all. [`options`]: how.
 //!
 //! One thread, no SQL. Everything that a client sent is checked before it is used.
 
@@ -21,7 +23,9 @@ mod child;
 pub mod database;
 mod ending;
 pub mod filesystem;
-mod foreign;
+pub mod foreign;
+mod forming;
+mod found;
 pub mod join;
 pub mod joining;
 pub mod keeping;
@@ -30,18 +34,24 @@ pub mod linger;
 pub mod listen;
 pub mod liveness;
 mod opening;
+pub mod options;
+mod origin;
 mod outbox;
 pub mod parking;
+mod receiving;
 pub mod report;
 pub mod requests;
 mod returning;
 #[cfg(feature = "fuzzing")]
 pub mod rig;
+mod searching;
 pub mod server;
 pub mod session;
 pub mod stop;
 pub mod waits;
+mod watchdog;
 
 pub use limits::Limits;
 pub use listen::ListenError;
-pub use server::{Options, ServeError, raise_descriptor_limit, serve};
+pub use options::Options;
+pub use server::{ServeError, raise_descriptor_limit, serve};

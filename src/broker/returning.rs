@@ -1,14 +1,13 @@
 //! Clients that had a session before: with the last broker, or on a socket that broke.
 
 use super::adopting::NOBODY;
-use super::database::{Database, Home, Identity, Seat, Segment, State};
+use super::database::{Home, Identity, Seat, Segment, State};
 use super::filesystem::mount_of;
 use super::server::Server;
 use super::session::Stage;
 use crate::planted::planted;
 use crate::segment::atomic::SeqCst;
-use crate::segment::gate::Gate;
-use crate::segment::hold::{self, Hold};
+use crate::segment::hold;
 use crate::segment::layout::{CLOSED, CONTROL_SIZE, STATE};
 use crate::segment::memfd;
 use crate::wire::keeper::{KeptHome, Token};
@@ -17,6 +16,7 @@ use nix::sys::stat::fstat;
 use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::time::Instant;
 
 impl Server {
     /// The session goes on: its seats are this one's, until it has said which of them it knows.
@@ -25,7 +25,7 @@ impl Server {
             let same = |s: &&super::session::Session| {
                 s.id != id
                     && matches!(s.stage, Stage::Open | Stage::Silent)
-                    && s.token == token
+                    && (s.token == token || s.is_found_as(own))
                     && (s.peer.uid, s.peer.pid) == (own.peer.uid, own.peer.pid)
             };
             self.sessions.values().find(same).map(|s| s.id)
@@ -95,6 +95,12 @@ impl Server {
         if seat.session != id || !same {
             return false;
         }
+        if seat.sqlite_version.is_empty() {
+            // Found, and nothing was known of it but whose it is.
+            let version = super::session::printable(&claim.sqlite_version);
+            *seat = Seat::of(id, claim.role, claim.library, version, claim.count);
+            self.keeping.seat(key, seat);
+        }
         seat.socket_lane = claim.holds.is_some();
         session.unclaimed.remove(&key);
         let holds = claim.holds.filter(|_| !db.is_guest());
@@ -139,9 +145,11 @@ impl Server {
         home: KeptHome,
         fds: Vec<OwnedFd>,
     ) -> io::Result<()> {
-        let Ok([control, wal_index, held]) = <[OwnedFd; 3]>::try_from(fds) else {
+        let mut fds = fds.into_iter();
+        let (Some(control), Some(wal_index), Some(held)) = (fds.next(), fds.next(), fds.next()) else {
             return Err(io::Error::other("not all of its descriptors arrived"));
         };
+        let sent = fds.next();
         let home = Home { directory: Identity { device: home.device, inode: home.inode }, name: home.name };
         if let Some(db) = self.databases.get(&number) {
             // Another member of it was first: this one proves that it is one.
@@ -158,8 +166,11 @@ impl Server {
                 false => Err(io::Error::other("its number is another database's")),
             };
         }
-        let database = hold::copy(&held).ok_or_else(|| io::Error::other("it does not hold its gate"))?;
+        // Another user's has been taken out of there already, by whoever received this.
+        let gate = if self.is_foreign(id) { sent } else { hold::copy(&held) };
+        let database = gate.ok_or_else(|| io::Error::other("it does not hold its gate"))?;
         let Some(session) = self.sessions.get(&id) else { return Err(io::ErrorKind::NotFound.into()) };
+        let uid = session.peer.uid;
         // The filesystem first, as for a join.
         if !self.options.allow_unsafe {
             match mount_of(&database, session.peer.pid, &[]) {
@@ -168,35 +179,17 @@ impl Server {
                 None => return Err(io::Error::other("the broker cannot tell which filesystem it is on")),
             }
         }
-        let st = fstat(&database)?;
-        let identity = Identity { device: st.st_dev, inode: st.st_ino };
-        if self.databases.values().any(|d| d.identity == identity) {
-            return Err(io::Error::other("it is another group's by now"));
-        }
-        if !is_writable(&control) || !is_writable(&database) {
+        if !is_writable(&control) {
             return Err(io::Error::other("who hands it back may only read it"));
         }
         let segment = Segment::adopt(control, wal_index, nonce)?;
         if segment.control.poisoned() {
             return Err(io::Error::other("its segment is not to be used any more"));
         }
-        let hold = Hold::new(&database)?;
-        let gate = Gate::adopt(database, None, hold);
-        let gate = gate.ok_or_else(|| io::Error::other("its gate does not stand any more"))?;
-        tracing::info!(
-            database = number,
-            ?identity,
-            name = home.display(),
-            session = id,
-            "handed back by a member"
-        );
-        let founder = self.sessions.get(&id).map_or(0, |s| s.peer.uid);
-        let mut db = Database::new(identity, founder, State::Gated { gate, segment: Box::new(segment) });
-        db.home = Some(home);
-        self.take_charge(number, db);
-        self.start_keeper();
-        if let Some(db) = self.databases.get(&number) {
-            self.keeping.database(number, db);
+        self.take_group(number, segment, database, Some(home), uid, nonce)?;
+        // The others may have nothing to say, or be dead.
+        if let Some(next) = self.searching.next() {
+            self.search(Instant::now(), next);
         }
         Ok(())
     }
@@ -242,6 +235,8 @@ impl Server {
     /// SIGUSR2: the next broker goes on with what the keeper has.
     pub(super) fn hand_over(&mut self) {
         tracing::info!("handing over");
+        self.start_keeper();
+        self.keeping.listener(&self.listener);
         if !self.databases.is_empty() && !self.keeping.flush_within(std::time::Duration::from_secs(2)) {
             tracing::error!(
                 "there is no keeper: members go on alone, and come back to the next broker by themselves"
@@ -251,7 +246,7 @@ impl Server {
     }
 }
 
-fn is_writable(fd: &OwnedFd) -> bool {
+pub(super) fn is_writable(fd: &OwnedFd) -> bool {
     let flags = nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_GETFL);
     let path = nix::fcntl::OFlag::O_PATH.bits();
     flags.is_ok_and(|bits| bits & libc::O_ACCMODE == libc::O_RDWR && bits & path == 0)

@@ -1,7 +1,8 @@
 //! The broker's loop driven by hand, with time as it is told: for `fuzz/` alone (the feature `fuzzing`).
 
 use super::database::State;
-use super::server::{Options, ServeError, Server};
+use super::options::Options;
+use super::server::{ServeError, Server};
 use nix::sys::epoll::{EpollEvent, EpollTimeout};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use std::io;

@@ -3,12 +3,15 @@
 use super::adopting::{self, TakeoverError};
 use super::child::Checkpointer;
 use super::database::{Database, State};
-use super::joining::Forming;
+use super::forming::Forming;
 use super::keeping::Keeping;
-use super::limits::{Limits, Users};
+use super::limits::Users;
 use super::linger::{self, Lingering};
 use super::listen::{ListenError, Listener, Lock};
 use super::opening::{LOOK_AGAIN, Opening};
+use super::options::Options;
+use super::receiving::Receivers;
+use super::searching::Searching;
 use super::session::{Session, Stage};
 use super::waits::{Cycle, WATCH_TICK};
 use crate::wire::message::{FromBroker, HelloAnswer, PROTOCOL_MAGIC, PROTOCOL_VERSION, ToBroker};
@@ -19,7 +22,6 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// How often sessions without a socket, gates and long waits are looked at.
@@ -36,31 +38,11 @@ const SIGNALS: u64 = 1;
 pub(super) const CHECKPOINTER_SOCKET: u64 = 2;
 pub(super) const CHECKPOINTER_PIDFD: u64 = 3;
 pub(super) const KEEPER_SOCKET: u64 = 4;
+pub(super) const SEARCH_SOCKET: u64 = 5;
 /// Epoll keys of a session: its socket's is `8 * id`, its pidfd's one more.
 pub(super) const KEYS: u64 = 8;
-
-#[derive(Clone, Debug)]
-pub struct Options {
-    pub socket: PathBuf,
-    /// Any uid may connect.
-    pub everyone: bool,
-    /// Exit after this long without members.
-    pub idle_exit: Option<Duration>,
-    /// Take databases on filesystems that are refused otherwise, from anyone.
-    pub allow_unsafe: bool,
-    /// What one user may have here.
-    pub limits: Limits,
-    /// The program that checkpoints, run with `checkpointer` as its argument. `None`: members do it themselves.
-    pub checkpointer: Option<PathBuf>,
-    /// How long a database stays after its last close, once it was opened again so soon; zero: it does not.
-    pub linger: Duration,
-    /// The program that outlives the broker, run with `keeper` as its argument. `None`: nothing outlives it but members.
-    pub keeper: Option<PathBuf>,
-    /// Take over from the broker that serves the socket now.
-    pub replace: bool,
-    /// Written one byte and closed once the socket listens.
-    pub ready: Option<i32>,
-}
+/// And of a receiver, with a number of its own.
+pub(super) const RECEIVER: u64 = 2;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
@@ -93,6 +75,8 @@ pub struct Server {
     pub(super) checkpointer: Checkpointer,
     pub(super) lingering: Lingering,
     pub(super) keeping: Keeping,
+    pub(super) searching: Searching,
+    pub(super) receivers: Receivers,
     pub(super) next_session: u64,
     pub(super) next_database: u32,
     pub(super) started: Instant,
@@ -141,8 +125,11 @@ impl Server {
         let patience =
             if options.replace { adopting::replace(&options.socket)? } else { Duration::from_millis(50) };
         let lock = Lock::take(&options.socket, options.everyone, patience)?;
-        let left = adopting::take_back(&options.socket)?;
-        let listener = Listener::bind(lock, options.everyone)?;
+        let mut left = adopting::take_back(&options.socket)?;
+        let listener = match left.as_mut().and_then(|l| l.listener.take()) {
+            Some(last) => Listener::take_on(lock, options.everyone, last)?,
+            None => Listener::bind(lock, options.everyone)?,
+        };
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(&listener.socket, EpollEvent::new(EpollFlags::EPOLLIN, LISTENER))?;
         let now = Instant::now();
@@ -160,6 +147,8 @@ impl Server {
             checkpointer: Checkpointer::default(),
             lingering,
             keeping: Keeping::default(),
+            searching: Searching::default(),
+            receivers: Receivers::default(),
             next_session: 1,
             next_database: adopting::first_number()?,
             started: now,
@@ -171,8 +160,11 @@ impl Server {
             last_second: now,
             deaf: false,
         };
-        if let Some(left) = left {
-            server.adopt(left);
+        match left {
+            Some(left) => server.adopt(left),
+            // Killed, and its keeper too.
+            None if server.listener.replaced => server.search(now, 1),
+            None => {}
         }
         Ok(server)
     }
@@ -215,6 +207,8 @@ impl Server {
 
     /// What is due.
     pub(super) fn look_after(&mut self, now: Instant) {
+        self.limit_search(now);
+        self.watch_checkpointer(now);
         self.try_forming(now);
         self.open_waiting();
         self.watch(now);
@@ -237,7 +231,9 @@ impl Server {
                 CHECKPOINTER_PIDFD => self.checkpointer_died(),
                 key @ (linger::MOVES | linger::OPENS) => self.file_event(key),
                 KEEPER_SOCKET => self.keeper_event(event.events()),
+                SEARCH_SOCKET => self.search_event(),
                 key if key % KEYS == 0 => self.socket_event(key / KEYS, event.events()),
+                key if key % KEYS == RECEIVER => self.receiver_event(key / KEYS),
                 key => self.session_died(key / KEYS, "its process ended"),
             }
         }
@@ -256,13 +252,15 @@ impl Server {
         if let Some(first) = self.forming.first() {
             at(first.next_try);
         }
-        let anybody_silent = self.sessions.values().any(|s| s.stage == Stage::Silent);
+        let anybody_silent = self.sessions.values().any(|s| s.has_just_fallen_silent(now));
         let paused = self.databases.values().any(|d| d.checkpoints.is_paused());
         if anybody_waits || anybody_silent || paused || self.deaf || self.stopping.is_some() {
             at(self.last_tick + TICK);
         } else {
             at(self.last_tick + Duration::from_secs(1));
         }
+        let limits = [self.searching.limit(), self.next_look(), self.receivers.limit()];
+        limits.into_iter().flatten().for_each(&mut at);
         if let Some(next) = self.next_linger() {
             at(next);
         }
@@ -279,9 +277,19 @@ impl Server {
         }
         for _ in 0..MOST_A_ROUND {
             let Some(socket) = self.sessions.get(&id).and_then(|s| s.socket.as_ref()) else { return };
+            if self.is_foreign(id) {
+                match socket::has_descriptors(socket) {
+                    Ok(true) => return self.receive_elsewhere(id),
+                    // What is received next is this packet, or the end.
+                    Ok(false) => {}
+                    // What comes from now on has not been looked at.
+                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                    Err(_) => return self.silence(id),
+                }
+            }
             match socket::receive_any(socket) {
                 Ok(packet) => {
-                    if let Err(reason) = self.received(id, packet) {
+                    if let Err(reason) = self.received(id, packet, None) {
                         self.end_session(id, &reason);
                         return;
                     }
@@ -340,6 +348,8 @@ impl Server {
 
     fn tick(&mut self, now: Instant) {
         self.hear_again();
+        self.searching.reap();
+        self.limit_receivers(now);
         if now.duration_since(self.last_second) >= Duration::from_secs(1) {
             self.last_second = now;
             self.users.tick();

@@ -1,21 +1,27 @@
 //! One client process's connection: its socket, what proves that it lives, what still must be sent to it.
 
+use super::found::Member;
 use super::liveness::{self, Peer};
 use super::outbox::Outbox;
+use crate::planted::planted;
 use crate::segment::layout::LIVENESS_SIZE;
 use crate::segment::liveness as byte;
 use crate::segment::memfd;
 use crate::wire::keeper::{KeptSession, Token};
 use crate::wire::message::{FromBroker, Introduction, SeatKey};
 use crate::wire::socket;
+use nix::sys::stat::fstat;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Packets kept for a client that does not read them, before its session is ended.
 const OUTBOX_LIMIT: usize = 256;
+
+/// How long a session is looked at many times a second whose socket is gone.
+const SILENT_LOOKS: Duration = Duration::from_secs(2);
 
 /// A client's word, short and without control characters: it goes into other clients' errors, logs, terminals.
 pub fn printable(text: &str) -> String {
@@ -51,6 +57,7 @@ pub enum Stage {
 pub struct Session {
     pub id: u64,
     pub stage: Stage,
+    /// Since it has this stage, or connected.
     pub since: Instant,
     pub peer: Peer,
     pub who: Introduction,
@@ -65,6 +72,8 @@ pub struct Session {
     /// Databases that it has handed back, or had seats in.
     pub proven: BTreeSet<u32>,
     liveness: Option<OwnedFd>,
+    /// Found in its process, which has not come back yet and does not know the token.
+    found: bool,
     outbox: Outbox,
 }
 
@@ -84,6 +93,7 @@ impl Session {
             unclaimed: BTreeSet::new(),
             proven: BTreeSet::new(),
             liveness: None,
+            found: false,
             outbox: Outbox::default(),
         }
     }
@@ -103,8 +113,27 @@ impl Session {
             unclaimed: BTreeSet::new(),
             proven: BTreeSet::new(),
             liveness: Some(liveness),
+            found: false,
             outbox: Outbox::default(),
         }
+    }
+
+    /// A process of which broker and keeper are gone.
+    pub fn found(id: u64, member: &Member, pidfd: OwnedFd, liveness: OwnedFd) -> Result<Session, String> {
+        let who = Introduction { program: printable(&member.program), pid: member.pid, container: None };
+        let (uid, pid, token) = (member.uid, member.pid, random()?);
+        let kept = KeptSession { session: id, token, uid, pid, who };
+        Ok(Session { kept: false, found: true, ..Session::adopted(kept, pidfd, liveness) })
+    }
+
+    /// The inode of its liveness memfd.
+    pub fn lives_by(&self) -> Option<u64> {
+        self.liveness.as_ref().and_then(|fd| fstat(fd).ok()).map(|st| st.st_ino)
+    }
+
+    /// The process that this one was found in.
+    pub fn is_found_as(&self, other: &Session) -> bool {
+        self.found && self.lives_by().is_some() && self.lives_by() == other.lives_by()
     }
 
     pub fn liveness(&self) -> Option<&OwnedFd> {
@@ -137,6 +166,12 @@ impl Session {
         self.liveness = Some(liveness);
         self.stage = Stage::Open;
         Ok(())
+    }
+
+    /// It may be about to show that it has let go of everything; later that may be seen somewhat later.
+    pub fn has_just_fallen_silent(&self, now: Instant) -> bool {
+        self.stage == Stage::Silent
+            && (now.saturating_duration_since(self.since) < SILENT_LOOKS || planted("silence-is-watched"))
     }
 
     /// Its socket is gone and its liveness byte is free: it exec'ed or closed everything; its locks go, as its

@@ -11,6 +11,7 @@ pub mod child;
 pub mod elf;
 pub mod inspect;
 pub mod reports;
+pub mod search;
 
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::File;

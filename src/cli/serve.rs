@@ -99,6 +99,8 @@ pub fn run(args: ServeArgs) -> ExitCode {
         checkpointer: (!args.no_checkpointer).then(|| PathBuf::from("/proc/self/exe")),
         linger: args.linger,
         keeper: (!args.no_keeper).then(|| PathBuf::from("/proc/self/exe")),
+        finder: Some(PathBuf::from("/proc/self/exe")),
+        receiver: Some(PathBuf::from("/proc/self/exe")),
         replace: args.replace,
         ready: args.ready_fd,
     };

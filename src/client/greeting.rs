@@ -2,7 +2,7 @@
 
 use super::host::LowDescriptors;
 use crate::segment::layout::LIVENESS_SIZE;
-use crate::segment::memfd;
+use crate::segment::{memfd, names};
 use crate::wire::keeper::Token;
 use crate::wire::message::{
     FromBroker, Hello, HelloAnswer, Introduction, PROTOCOL_MAGIC, PROTOCOL_VERSION, ToBroker,
@@ -36,11 +36,31 @@ pub struct Welcome {
     pub token: Token,
 }
 
+/// How often a broker that ends as we knock is taken for one that is replaced.
+const AGAIN: u32 = 3;
+
 /// Connects and introduces this process, whose liveness memfd is given. `limit`: of each answer.
 pub fn greet(path: &Path, liveness: BorrowedFd, limit: Duration) -> Result<Welcome, ConnectError> {
     let io_error = |e: io::Error| ConnectError::Io(path.to_owned(), e);
     let _low = LowDescriptors::occupy().map_err(io_error)?;
-    let socket = connect(path, limit)?;
+    let mut tries = 0;
+    loop {
+        let socket = connect(path, limit)?;
+        match introduce(path, socket, liveness, limit) {
+            // It is replaced as we knock, perhaps: its socket is the next one's.
+            Err(ConnectError::Absent(_)) if tries < AGAIN => tries += 1,
+            other => return other,
+        }
+    }
+}
+
+fn introduce(
+    path: &Path,
+    socket: OwnedFd,
+    liveness: BorrowedFd,
+    limit: Duration,
+) -> Result<Welcome, ConnectError> {
+    let io_error = |e: io::Error| ConnectError::Io(path.to_owned(), e);
     let introduce = socket::encode(&ToBroker::Introduce(introduction())).map_err(io_error)?;
     let hello = Hello { magic: PROTOCOL_MAGIC, version: PROTOCOL_VERSION };
     let hello = socket::encode(&hello).map_err(io_error)?;
@@ -147,7 +167,7 @@ fn greeted(path: &Path, socket: &OwnedFd, limit: Duration) -> Result<(), Connect
 /// A memfd whose first byte this process locks as long as it lives. POSIX locks go at exit and at exec and are
 /// not inherited by a child, which is just what is to be known.
 pub fn liveness_memfd() -> io::Result<OwnedFd> {
-    let fd = memfd::create(c"turnstile-liveness", LIVENESS_SIZE)?;
+    let fd = memfd::create(names::LIVENESS, LIVENESS_SIZE)?;
     // SAFETY: libc::flock is plain data for which all-zero is valid.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
     lock.l_type = libc::F_WRLCK as i16;

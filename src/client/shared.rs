@@ -264,7 +264,8 @@ impl Shared {
     }
 
     /// In place of a broker that is gone, and its keeper: nobody but seats that rest is left, and those have been closed; the
-    /// processes that they belong to still hold the gate. It opens, as it would have at the last close.
+    /// processes that they belong to still hold the gate. It opens, as it would have at the last close; over a checkpoint of
+    /// the dead broker's checkpointer it does not, because that has the gate's description until it ends.
     pub fn let_gate_go(&self) -> io::Result<()> {
         self.control.poison();
         let _low = LowDescriptors::occupy()?;

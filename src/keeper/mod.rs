@@ -148,6 +148,7 @@ impl Keeper {
             && self.broker.is_none()
             && self.give_back(&visitor).is_ok()
         {
+            self.store.forget_listener();
             self.broker = Some(visitor);
         }
     }

@@ -4,6 +4,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
 use turnstile::lock::SeatId;
 use turnstile::lock::table::Table;
 use turnstile::planted::planted;
@@ -13,6 +14,7 @@ use turnstile::segment::hold::Hold;
 use turnstile::segment::layout::{CHECKPOINTER, CLOSED, STATE};
 use turnstile::segment::liveness;
 use turnstile::segment::mapping::ControlMap;
+use turnstile::segment::names::Place;
 use turnstile::segment::supervision::{self, Office};
 use turnstile::wire::keeper::{Kept, KeptDatabase, KeptHome, KeptSeat, KeptSession};
 use turnstile::wire::message::Role;
@@ -32,8 +34,12 @@ struct Database {
     seats: BTreeMap<SeatId, KeptSeat>,
 }
 
+/// How long the next broker may take to come for the socket.
+const LISTENS: Duration = Duration::from_secs(10);
+
 #[derive(Default)]
 pub struct Store {
+    listener: Option<(Place, OwnedFd, Instant)>,
     sessions: BTreeMap<u64, Session>,
     databases: BTreeMap<u32, Database>,
 }
@@ -50,7 +56,7 @@ impl Session {
 
 impl Store {
     pub fn is_empty(&self) -> bool {
-        self.databases.is_empty()
+        self.databases.is_empty() && self.listener.is_none()
     }
 
     /// One more thing to keep, or one less.
@@ -92,6 +98,9 @@ impl Store {
                     db.seats.insert(seat.seat, seat);
                 }
             }
+            Kept::Listener(place) => {
+                self.listener = given.next().map(|fd| (place, fd, Instant::now()));
+            }
             Kept::SeatGone(key) => {
                 if let Some(db) = self.databases.get_mut(&key.database) {
                     db.seats.remove(&key.seat);
@@ -102,6 +111,9 @@ impl Store {
 
     /// All of it, in an order in which it can be kept again.
     pub fn for_each(&self, mut give: impl FnMut(Kept, &[&OwnedFd]) -> io::Result<()>) -> io::Result<()> {
+        if let Some((place, socket, _)) = &self.listener {
+            give(Kept::Listener(*place), &[socket])?;
+        }
         for s in self.sessions.values() {
             give(Kept::Session(s.kept.clone()), &[&s.pidfd, &s.liveness])?;
         }
@@ -123,6 +135,11 @@ impl Store {
         Ok(())
     }
 
+    /// The next broker has come.
+    pub fn forget_listener(&mut self) {
+        self.listener = None;
+    }
+
     /// What tells of a member's end: pidfds that have not fired, and the ends at which members ring.
     pub fn watched(&self) -> impl Iterator<Item = &OwnedFd> {
         let living = self.sessions.values().filter(|s| !s.is_dead()).map(|s| &s.pidfd);
@@ -131,6 +148,8 @@ impl Store {
 
     /// No broker is there: a database whose members are all dead, have left or rest is let go, and its gate opened.
     pub fn drop_what_is_nobodys(&mut self) {
+        // Nobody comes: whoever knocks is to be told so.
+        self.listener.take_if(|(_, _, since)| since.elapsed() >= LISTENS);
         if planted("keeper-keeps-for-ever") {
             return;
         }

@@ -197,6 +197,7 @@ impl<'a> Lane<'a> {
                 word.store(0, SeqCst);
             }
             words.connection.store(0, SeqCst);
+            words.holder.store(0, SeqCst);
         }
         table.members.clear(id);
         table.take_back(id);

@@ -162,6 +162,11 @@ impl Seat<'_> {
             t.forget_copied();
             return self.granted(false);
         }
+        if t.reserved() == Some(self.id) && t.wal_open_elsewhere(self.id) && !planted("leaver-keeps-turn") {
+            // The file is leaving WAL mode, and somebody came in between the two EXCLUSIVEs of that: it keeps SHARED
+            // until it closes, and may have to write before. Plain SQLite's RESERVED does not keep it from that.
+            self.end_turn();
+        }
         if t.reserved() == Some(self.id) || hot_journal || planted("exclusive-mode-waits") {
             return WAIT;
         }

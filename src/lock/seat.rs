@@ -321,6 +321,9 @@ impl<'a> Seat<'a> {
             return false;
         }
         self.table.set_wal_open(self.id, true);
+        if self.table.reserved().is_some() {
+            self.wake_sleepers(); // it may be leaving WAL mode, with the turn that this seat will need
+        }
         if !self.table.wal_open_elsewhere(self.id) {
             alone();
         }

@@ -89,8 +89,12 @@ fn drop_lock(fd: impl AsFd, bytes: (i64, i64)) {
 }
 
 /// Takes the gate on the description of `database` (and of `shm`), without waiting. On failure nothing is
-/// locked and the descriptors come back.
-pub fn close(database: OwnedFd, shm: Option<OwnedFd>) -> Result<Gate, (GateError, OwnedFd, Option<OwnedFd>)> {
+/// locked and the descriptors come back. `nonce`: of the segment that it is for.
+pub fn close(
+    database: OwnedFd,
+    shm: Option<OwnedFd>,
+    nonce: u64,
+) -> Result<Gate, (GateError, OwnedFd, Option<OwnedFd>)> {
     if let Err(e) = take(&database, DATABASE_BYTES) {
         return Err((e, database, shm));
     }
@@ -101,7 +105,7 @@ pub fn close(database: OwnedFd, shm: Option<OwnedFd>) -> Result<Gate, (GateError
         drop_lock(&database, DATABASE_BYTES);
         return Err((e, database, shm));
     }
-    match Hold::new(&database) {
+    match Hold::new(&database, nonce) {
         Ok(hold) => Ok(Gate { database, shm, hold }),
         Err(e) => {
             shm.iter().for_each(|fd| drop_lock(fd, SHM_BYTES));

@@ -25,14 +25,16 @@ pub struct Hold {
 }
 
 impl Hold {
-    /// One descriptor under way for each gate: the kernel counts them against `RLIMIT_NOFILE` of this user.
-    pub fn new(gate: impl AsFd) -> nix::Result<Hold> {
+    /// One descriptor under way for each gate: the kernel counts them against `RLIMIT_NOFILE` of this user. `nonce`: of
+    /// the segment that the gate is for.
+    pub fn new(gate: impl AsFd, nonce: u64) -> nix::Result<Hold> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         // Of a stream socket, unlike of a datagram one, it is seen that the other end is gone.
         let (socket, broker) = socketpair(AddressFamily::Unix, SockType::Stream, None, flags)?;
         let rights = [gate.as_fd().as_raw_fd()];
         let rights = [ControlMessage::ScmRights(&rights)];
-        sendmsg::<()>(broker.as_raw_fd(), &[IoSlice::new(b"g")], &rights, MsgFlags::MSG_NOSIGNAL, None)?;
+        let bytes = [MARK, &nonce.to_ne_bytes()].concat();
+        sendmsg::<()>(broker.as_raw_fd(), &[IoSlice::new(&bytes)], &rights, MsgFlags::MSG_NOSIGNAL, None)?;
         Ok(Hold { socket, broker })
     }
 
@@ -62,6 +64,18 @@ impl Hold {
         }
         rung
     }
+}
+
+/// What goes with the gate, before the nonce.
+const MARK: &[u8] = b"turnstile-gate";
+
+/// The nonce of the segment whose gate is in this queue; `None`: there is none. Nothing is taken out, nor received.
+pub fn whose(socket: impl AsFd) -> Option<u64> {
+    let mut bytes = [0u8; MARK.len() + size_of::<u64>()];
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    let length = nix::sys::socket::recv(socket.as_fd().as_raw_fd(), &mut bytes, flags).ok()?;
+    let nonce = bytes.strip_prefix(MARK).filter(|_| length == bytes.len())?;
+    Some(u64::from_ne_bytes(nonce.try_into().ok()?))
 }
 
 /// A member leaves, and no broker is there to be told: whoever has the other end looks whether anybody is left.
@@ -134,9 +148,10 @@ mod tests {
     #[test]
     fn the_gate_stands_as_long_as_somebody_has_the_socket() {
         let (file, fd) = file();
-        let gate = gate::close(fd, None).map_err(|(e, ..)| e).unwrap();
+        let gate = gate::close(fd, None, 7).map_err(|(e, ..)| e).unwrap();
         let member = gate.hold().descriptor().try_clone().unwrap();
         assert!(!broker_is_gone(&member));
+        assert_eq!(whose(&member), Some(7));
         drop(gate); // killed: nothing is unlocked
         assert!(broker_is_gone(&member));
         let other = file.reopen().unwrap();
@@ -152,7 +167,7 @@ mod tests {
     #[test]
     fn what_is_taken_out_is_the_gate() {
         let (file, fd) = file();
-        let gate = gate::close(fd, None).map_err(|(e, ..)| e).unwrap();
+        let gate = gate::close(fd, None, 7).map_err(|(e, ..)| e).unwrap();
         let member = gate.hold().descriptor().try_clone().unwrap();
         drop(gate);
         let taken = take_out(&member).unwrap();
@@ -165,7 +180,7 @@ mod tests {
     #[test]
     fn a_member_that_rings_is_heard_once() {
         let (_file, fd) = file();
-        let gate = gate::close(fd, None).map_err(|(e, ..)| e).unwrap();
+        let gate = gate::close(fd, None, 7).map_err(|(e, ..)| e).unwrap();
         let member = gate.hold().descriptor().try_clone().unwrap();
         assert!(!gate.hold().has_rung());
         ring(&member);
@@ -177,7 +192,7 @@ mod tests {
     #[test]
     fn an_opened_gate_is_held_by_nobody() {
         let (file, fd) = file();
-        let gate = gate::close(fd, None).map_err(|(e, ..)| e).unwrap();
+        let gate = gate::close(fd, None, 7).map_err(|(e, ..)| e).unwrap();
         let member = gate.hold().descriptor().try_clone().unwrap();
         gate.open();
         assert!(!gate::stands(file.reopen().unwrap()));

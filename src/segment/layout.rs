@@ -34,12 +34,14 @@ pub const LEARNED: usize = 256;
 pub const COMMITS: usize = 128;
 #[cfg(feature = "loom")]
 pub const COMMITS: usize = 8;
+/// Words of a file's name: `NAME_MAX` is 255 bytes.
+pub const NAME_WORDS: usize = 32;
 /// Failed syncs that are remembered, for those who wait for one of their commits.
 pub const FAILURES: usize = 16;
 
 pub const MAGIC: [u8; 8] = *b"trnstile";
 /// Changes with any change of what lies behind [`Header`].
-pub const LAYOUT_VERSION: u32 = 4;
+pub const LAYOUT_VERSION: u32 = 5;
 
 /// The beginning of the control memfd: the same in every layout version, so that a client of another version can
 /// still use the socket lane with it.
@@ -247,7 +249,25 @@ pub struct SeatWords {
     pub ended: AtomicU32,
     /// When the wait began, `CLOCK_MONOTONIC_COARSE` in milliseconds.
     pub since: AtomicU64,
-    pub reserved2: [u64; 4],
+    /// The inode of its session's liveness memfd. Written by the broker before it hands the seat out: a broker to which
+    /// nothing was left finds by it whose the seat is.
+    pub holder: AtomicU64,
+    pub reserved2: [u64; 3],
+}
+
+/// What a broker to which nothing was left has to know of the database. Written by the broker before the first member
+/// sees it, and never again.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub struct OriginWords {
+    /// The number by which members know the database.
+    pub number: AtomicU64,
+    /// Where `-wal` is found: the directory's device and inode, and the file's name.
+    pub device: AtomicU64,
+    pub inode: AtomicU64,
+    /// Bytes of the name.
+    pub length: AtomicU64,
+    pub name: [AtomicU64; NAME_WORDS],
 }
 
 /// What members and the broker's checkpointer tell each other.
@@ -327,6 +347,7 @@ pub struct Control {
     /// What statements have shown of themselves; see `lock::learned`. Any value is harmless. Written by members.
     pub learned: [AtomicU64; LEARNED],
     pub commits: CommitWords,
-    pub reserved2: [u8; 1664],
+    pub origin: OriginWords,
+    pub reserved2: [u8; 1376],
     pub seats: [SeatWords; MAX_SEATS],
 }

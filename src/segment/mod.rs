@@ -17,6 +17,7 @@ mod left;
 pub mod liveness;
 pub mod mapping;
 pub mod memfd;
+pub mod names;
 #[cfg(not(feature = "loom"))]
 mod offsets;
 pub mod supervision;

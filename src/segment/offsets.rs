@@ -44,6 +44,7 @@ const _: () = {
     assert!(offset_of!(SeatWords, waiting) == 80);
     assert!(offset_of!(SeatWords, ended) == 84);
     assert!(offset_of!(SeatWords, since) == 88);
+    assert!(offset_of!(SeatWords, holder) == 96);
     assert!(size_of::<SeatWords>() == 128);
     assert!(offset_of!(Control, locks) == 64);
     assert!(offset_of!(Control, bitmaps) == 512);
@@ -79,6 +80,12 @@ const _: () = {
     assert!(offset_of!(CommitWords, places) == 192);
     assert!(offset_of!(CommitWords, failed) == 192 + 2048);
     assert!(offset_of!(Control, commits) == 4096 - 64);
+    assert!(offset_of!(OriginWords, number) == 0);
+    assert!(offset_of!(OriginWords, device) == 8);
+    assert!(offset_of!(OriginWords, inode) == 16);
+    assert!(offset_of!(OriginWords, length) == 24);
+    assert!(offset_of!(OriginWords, name) == 32);
+    assert!(offset_of!(Control, origin) == 8192 - 1664);
     assert!(offset_of!(Control, seats) == 8192);
     assert!(size_of::<Control>() == CONTROL_SIZE);
 };

@@ -59,14 +59,19 @@ pub fn all_checkpointed_by_broker(library: &Library, db: *mut ffi::sqlite3) -> b
 
 /// Adopts every database of the connection. On error nothing half-works: what could not be adopted stays plain
 /// and the caller fails the load.
-pub fn connection(library: &'static Library, db: *mut ffi::sqlite3) -> Result<(), String> {
+///
+/// `opening`: the connection is just being opened and has no other than `main`. Nothing may be prepared then: beside a
+/// shared cache whose schema somebody changes that fails, and SQLite takes the error for the open's.
+pub fn connection(library: &'static Library, db: *mut ffi::sqlite3, opening: bool) -> Result<(), String> {
     if !planted("list-before-main") {
         // First, because `PRAGMA database_list` reads the schema before SQLite 3.39 or so, and whatever has been read
         // in WAL mode keeps its lock.
         database(library, db, c"main")?;
     }
-    for name in database_names(library, db) {
-        database(library, db, &name)?;
+    if !opening || planted("names-at-open") {
+        for name in database_names(library, db) {
+            database(library, db, &name)?;
+        }
     }
     Ok(())
 }

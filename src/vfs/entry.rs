@@ -2,7 +2,8 @@
 
 use super::adopt;
 use super::api::{Library, read_routines, say};
-use super::note;
+use super::autocheckpoint;
+use super::note::{self, Note};
 use super::open::{delete, open};
 use super::waiting::sleep;
 use crate::client::autostart::own_path;
@@ -56,6 +57,9 @@ unsafe extern "C" fn trace_new(db: *mut ffi::sqlite3, _: *mut *mut c_char, routi
             && adopt::is_brokered(library, db)
         {
             note::trace(library, db);
+            if planted("autocheckpoint-set-early") {
+                autocheckpoint::look(library, db, &Note::of(library, db).automatic);
+            }
         }
     });
     ffi::SQLITE_OK
@@ -75,7 +79,8 @@ unsafe fn enter(
         let api = unsafe { read_routines(routines) }.map_err(|reason| (None, reason))?;
         let library = register(api).map_err(|reason| (None, reason))?;
         let settings = Config::from_environment().map_err(|e| (Some(library), e.to_string()));
-        settings.and_then(|_| adopt::connection(library, db).map_err(|reason| (Some(library), reason)))
+        settings
+            .and_then(|_| adopt::connection(library, db, !strict).map_err(|reason| (Some(library), reason)))
     }));
     match entered {
         Ok(Ok(())) => ffi::SQLITE_OK,

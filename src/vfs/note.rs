@@ -11,6 +11,7 @@ use super::main_file::MainFile;
 use super::statement::Statement;
 use crate::client::fork::PerProcess;
 use crate::lock::learned::hash;
+use crate::planted::planted;
 use libsqlite3_sys as ffi;
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_int, c_uint, c_void};
@@ -104,7 +105,8 @@ impl Note {
     /// The statement that has just started; `None`: nothing is known.
     pub fn statement(&self) -> Option<Statement> {
         let kind = self.kind.load(Relaxed);
-        let fresh = kind != NONE && self.newest.load(Relaxed) == self.newest_now();
+        let newest = self.newest.load(Relaxed) == self.newest_now() || planted("stale-note-trusted");
+        let fresh = kind != NONE && newest;
         let silent = kind == WRITES && !self.rows.load(Relaxed);
         fresh.then(|| Statement { writes: kind == WRITES, silent, text: self.text.load(Relaxed) })
     }

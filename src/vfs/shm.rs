@@ -263,6 +263,8 @@ fn release(main: &mut MainFile, slots: Slots, shared: bool) -> Result<c_int, Los
     {
         member.hurries(main.commit.is_some());
     }
+    // As the rules have it (`Seat::release`): others of this thread must not take us for a writer that waits for them.
+    let turn_ends;
     let release = match shared {
         true => {
             main.shared_slots &= !mask;
@@ -275,6 +277,7 @@ fn release(main: &mut MainFile, slots: Slots, shared: bool) -> Result<c_int, Los
                 main.leave_note();
             }
             let keep_turn = slots.is_one_read() && (retry || main.keeps_turn_for_rerun(true));
+            turn_ends = ends && !keep_turn;
             Release::ShmShared { slots, keep_turn }
         }
         false => {
@@ -282,9 +285,13 @@ fn release(main: &mut MainFile, slots: Slots, shared: bool) -> Result<c_int, Los
             let rerun = slots.is_write() && main.reads() && main.reruns();
             let keep_turn =
                 rerun && main.keeps_turn_for_rerun(main.wal_index.map(|i| i.header()) == main.write_basis);
+            // A checkpoint's came with its lock.
+            let comes_last = if main.reads() { slots.is_write() } else { slots.is_checkpoint() };
+            turn_ends = comes_last && !keep_turn;
             Release::ShmExclusive { slots, keep_turn }
         }
     };
+    main.turn &= !turn_ends || crate::planted::planted("turn-noted-for-good");
     main.gated().ok_or(Lost)?.release(release)?;
     if ends {
         main.snapshot_ends();

@@ -35,6 +35,8 @@ const RETRY_AT_ONCE: Duration = Duration::from_millis(2);
 
 thread_local! {
     static SLEEPS: Cell<u64> = const { Cell::new(0) };
+    /// The last wait in vain on this thread: the statement, the file that it was for, and when it ended.
+    static IN_VAIN: Cell<Option<(Run, usize, Instant)>> = const { Cell::new(None) };
 }
 
 /// How often SQLite has slept on this thread.
@@ -105,8 +107,22 @@ impl MainFile {
         timeouts::of(self.db()).unwrap_or(self.config.wait)
     }
 
-    /// The running statement has waited in vain: its retries do not wait again.
+    /// The running statement has waited in vain: its retries do not wait again, nor does it for another file.
     pub(super) fn waited_out(&self) -> bool {
+        self.waited_elsewhere() || self.waited_here()
+    }
+
+    fn waited_elsewhere(&self) -> bool {
+        let last = IN_VAIN.try_with(Cell::get).ok().flatten();
+        let Some((run, file, at)) = last.filter(|_| !crate::planted::planted("each-file-waits")) else {
+            return false;
+        };
+        file != std::ptr::from_ref(self) as usize
+            && at.elapsed() < RETRY_GAP
+            && Some(run) == statement::current_run(&self.library.api, self.db())
+    }
+
+    fn waited_here(&self) -> bool {
         let Some(vain) = self.vain else { return false };
         let since = vain.last.elapsed();
         let retried = since < RETRY_AT_ONCE || sleeps() != vain.sleeps;
@@ -124,6 +140,8 @@ impl MainFile {
     pub fn end_wait(&mut self, vain: bool) {
         if vain {
             let run = statement::current_run(&self.library.api, self.db());
+            let file = std::ptr::from_ref(self) as usize;
+            let _ = IN_VAIN.try_with(|last| last.set(run.map(|run| (run, file, Instant::now()))));
             self.vain = Some(Vain { run, last: Instant::now(), sleeps: sleeps() });
         }
     }

@@ -4,13 +4,14 @@
 
 use super::message::{Introduction, Role, SeatKey};
 use crate::lock::SeatId;
+use crate::segment::names::Place;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
 /// First field of the keeper's greeting.
 pub const KEEPER_MAGIC: u32 = 0x7457_4b50;
 /// Changes with any change of what is kept.
-pub const KEEPER_VERSION: u32 = 1;
+pub const KEEPER_VERSION: u32 = 2;
 
 /// What a keeper says to whoever connects; its encoding never changes, so that versions can tell each other apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -86,6 +87,9 @@ pub enum Kept {
     DatabaseGone(u32),
     Seat(KeptSeat),
     SeatGone(SeatKey),
+    /// The broker hands over: the socket on which it listened follows, and whoever knocks waits for the next broker. `Place`:
+    /// the file that the socket's path led to.
+    Listener(Place),
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -3,8 +3,10 @@
 //! `SOCK_SEQPACKET`: one packet is one message, postcard-encoded; descriptors ride along by `SCM_RIGHTS`.
 
 pub mod checkpoint;
+pub mod finder;
 pub mod keeper;
 pub mod message;
+pub mod receiver;
 pub mod socket;
 
 /// Largest packet in bytes, either way.

@@ -124,6 +124,26 @@ pub fn send_within(fd: impl AsFd, bytes: &[u8], fds: &[RawFd], limit: Duration) 
     }
 }
 
+/// The next packet comes with descriptors. It is not received, and neither are they; the errors are [`receive`]'s.
+pub fn has_descriptors(fd: impl AsFd) -> io::Result<bool> {
+    let mut byte = 0u8;
+    let mut iov = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+    // SAFETY: msghdr is plain data for which all-zero is valid.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &mut iov;
+    message.msg_iovlen = 1;
+    loop {
+        // SAFETY: one byte is written at most; without room for control data the kernel says that there is some, and
+        // installs nothing.
+        let n = unsafe { libc::recvmsg(fd.as_fd().as_raw_fd(), &mut message, libc::MSG_PEEK) };
+        match Errno::result(n) {
+            Ok(_) => return Ok(message.msg_flags & libc::MSG_CTRUNC != 0),
+            Err(Errno::EINTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
 /// Receives one packet, or fails with `WouldBlock`; `UnexpectedEof` when the peer has closed, `InvalidData` when
 /// the packet did not fit (what arrived of its descriptors is closed).
 pub fn receive(fd: impl AsFd) -> io::Result<Packet> {

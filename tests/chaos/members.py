@@ -110,9 +110,11 @@ class Process:
                 command += ["--", harness.bin(), "run", "--", harness.SHELL]
             else:
                 command = [harness.bin(), "run", "--", *command]
-        if slot.clock == "jumps" and os.path.exists(JUMP):
-            env["LD_PRELOAD"] = JUMP
-        elif slot.clock and round.time_namespace:
+        # CHAOS_PRELOAD: what the build under test needs (tests/sanitize).
+        preloaded = [os.environ.get("CHAOS_PRELOAD"), JUMP if slot.clock == "jumps" and os.path.exists(JUMP) else None]
+        if any(preloaded):
+            env["LD_PRELOAD"] = " ".join(filter(None, preloaded))
+        if slot.clock and slot.clock != "jumps" and round.time_namespace:
             env["CHAOS_CLOCK_OFFSET"] = str(slot.clock)
             before = in_later_clock(slot.clock)
         with open(self.errors, "wb") as errors:

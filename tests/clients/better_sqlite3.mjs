@@ -3,7 +3,8 @@
 import { createRequire } from 'node:module';
 import { path, worker, extension, work } from './common.mjs';
 
-const Database = createRequire(process.env.NODE_MODULES + '/')('better-sqlite3');
+const require = createRequire(process.env.NODE_MODULES + '/');
+const Database = require('better-sqlite3');
 
 const first = new Database(path, { timeout: 0 });
 if (extension) first.loadExtension(extension);
@@ -19,10 +20,12 @@ const status = both.map((db) => prepare(db, 'PRAGMA turnstile_status')).map((ask
 const inserts = both.map((db) => prepare(db, 'INSERT INTO rows VALUES(?, ?)'));
 const counted = prepare(first, 'SELECT count(*) FROM rows WHERE worker = ?').pluck();
 
-work({
+await work({
+  execute: (i, sql) => both[i].exec(sql),
   insert: (i, seq) => inserts[i].run(worker, seq),
   count: () => counted.get(worker),
   close: () => both.reverse().forEach((db) => db.close()),
+  client: `better-sqlite3 ${require('better-sqlite3/package.json').version}, Node ${process.versions.node}`,
   sqlite: prepare(first, 'SELECT sqlite_version()').pluck().get(),
   status,
 });

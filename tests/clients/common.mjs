@@ -1,4 +1,4 @@
-// What the two Node workers share. See README.md.
+// What the Node workers share. See README.md.
 import fs from 'node:fs';
 
 export const [path, worker, rows, record] = process.argv.slice(2);
@@ -7,8 +7,22 @@ const end = Date.now() + 1000 * Number(process.env.WORKER_SECONDS ?? 60);
 
 const isBusy = (e) => /locked/.test(e.message);
 
-/** Runs the protocol on two connections: `insert(i, seq)`, `count()`, `close()`, and the answers of the pragma. */
-export function work({ insert, count, close, sqlite, status }) {
+/**
+ * Runs the protocol on two connections: `execute(i, sql)`, `insert(i, seq)`, `count()` and `close()`, which may be
+ * asynchronous; `status`: the answers of the pragma.
+ */
+export async function work({ execute, insert, count, close, client, sqlite, status }) {
+  async function transaction(i, seq) {
+    await execute(i, 'BEGIN');
+    try {
+      await insert(i, seq);
+      await execute(i, 'COMMIT');
+    } catch (e) {
+      await execute(i, 'ROLLBACK');
+      throw e;
+    }
+  }
+
   fs.writeSync(1, 'ready\n');
   fs.readSync(0, Buffer.alloc(16));
 
@@ -17,7 +31,7 @@ export function work({ insert, count, close, sqlite, status }) {
   while (committed < Number(rows) && Date.now() < end) {
     attempts++;
     try {
-      insert(committed % 2, committed);
+      await (committed % 4 > 1 ? transaction : insert)(committed % 2, committed);
     } catch (e) {
       if (!isBusy(e)) throw e;
       busy++;
@@ -29,12 +43,12 @@ export function work({ insert, count, close, sqlite, status }) {
   let seen = null;
   while (seen === null) {
     try {
-      seen = count();
+      seen = await count();
     } catch (e) {
       if (!isBusy(e) || Date.now() > end) throw e;
       busy++;
     }
   }
-  close();
-  fs.writeSync(1, JSON.stringify({ worker, attempts, committed, busy, seen, sqlite, status }) + '\n');
+  await close();
+  fs.writeSync(1, JSON.stringify({ worker, attempts, committed, busy, seen, client, sqlite, status }) + '\n');
 }

@@ -11,10 +11,12 @@ const status = both.map((db) => Object.values(db.prepare('PRAGMA turnstile_statu
 const inserts = both.map((db) => db.prepare('INSERT INTO rows VALUES(?, ?)'));
 const counted = first.prepare('SELECT count(*) AS n FROM rows WHERE worker = ?');
 
-work({
+await work({
+  execute: (i, sql) => both[i].exec(sql),
   insert: (i, seq) => inserts[i].run(worker, seq),
   count: () => counted.get(worker).n,
   close: () => both.reverse().forEach((db) => db.close()),
+  client: `Node ${process.versions.node}`,
   sqlite: first.prepare('SELECT sqlite_version() AS v').get().v,
   status,
 });

@@ -31,6 +31,22 @@ static sqlite3_stmt *prepare(sqlite3 *db, const char *sql, const char *worker) {
     return statement;
 }
 
+/* One statement without parameters; its result code. */
+static int execute(sqlite3 *db, const char *sql) { return sqlite3_exec(db, sql, NULL, NULL, NULL); }
+
+/* Inserts a row, every other pair of them in a transaction of its own; BUSY leaves none open. */
+static int insert_row(sqlite3_stmt *insert, int seq) {
+    sqlite3 *db = sqlite3_db_handle(insert);
+    int transaction = seq % 4 > 1, rc = transaction ? execute(db, "BEGIN") : SQLITE_OK;
+    if (rc != SQLITE_OK) return rc;
+    sqlite3_bind_int(insert, 2, seq);
+    sqlite3_step(insert);
+    rc = sqlite3_reset(insert);
+    if (transaction && rc == SQLITE_OK) rc = execute(db, "COMMIT");
+    if (!sqlite3_get_autocommit(db)) execute(db, "ROLLBACK");
+    return rc;
+}
+
 /* The first column of the first row as a JSON string, or null. */
 static char *status(sqlite3 *db) {
     sqlite3_stmt *s = prepare(db, "PRAGMA turnstile_status", NULL);
@@ -73,11 +89,8 @@ int main(int argc, char **argv) {
     int log = open(argv[4], O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
     int attempts = 0, committed = 0, busy = 0;
     while (committed < rows && now() < end) {
-        sqlite3_stmt *s = insert[committed % 2];
         attempts++;
-        sqlite3_bind_int(s, 2, committed);
-        sqlite3_step(s);
-        int rc = sqlite3_reset(s);
+        int rc = insert_row(insert[committed % 2], committed);
         if ((rc & 0xff) == SQLITE_BUSY) {
             busy++;
             continue;
@@ -101,7 +114,7 @@ int main(int argc, char **argv) {
         if (sqlite3_close(both[i]) != SQLITE_OK) fail(both[i], "close");
     }
     printf("{\"worker\": \"%s\", \"attempts\": %d, \"committed\": %d, \"busy\": %d, \"seen\": %d, "
-           "\"sqlite\": \"%s\", \"status\": [%s, %s]}\n",
-           worker, attempts, committed, busy, seen, sqlite3_libversion(), states[0], states[1]);
+           "\"client\": \"libsqlite3 %s\", \"sqlite\": \"%s\", \"status\": [%s, %s]}\n",
+           worker, attempts, committed, busy, seen, sqlite3_libversion(), sqlite3_libversion(), states[0], states[1]);
     return 0;
 }

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"log"
 	"os"
+	"runtime"
 	"strconv"
 	"time"
 
@@ -45,6 +46,25 @@ func loadExtension(extension string) {
 		},
 	})
 	must(open("loading", ":memory:").Close())
+}
+
+// Every other pair of rows is written in a transaction of its own.
+func insert(conn *sql.Conn, worker string, seq int) error {
+	ctx := context.Background()
+	const row = "INSERT INTO rows VALUES(?, ?)"
+	if seq%4 < 2 {
+		_, err := conn.ExecContext(ctx, row, worker, seq)
+		return err
+	}
+	tx, err := conn.BeginTx(ctx, nil)
+	if err != nil {
+		return err
+	}
+	if _, err = tx.ExecContext(ctx, row, worker, seq); err != nil {
+		tx.Rollback()
+		return err
+	}
+	return tx.Commit()
 }
 
 func status(conn *sql.Conn) *string {
@@ -84,7 +104,7 @@ func main() {
 	attempts, committed, busy := 0, 0, 0
 	for committed < rows && time.Now().Before(end) {
 		attempts++
-		_, err := both[committed%2].ExecContext(ctx, "INSERT INTO rows VALUES(?, ?)", worker, committed)
+		err := insert(both[committed%2], worker, committed)
 		if isBusy(err) {
 			busy++
 			continue
@@ -110,6 +130,6 @@ func main() {
 	version, _, _ := sqlite3.Version()
 	must(json.NewEncoder(os.Stdout).Encode(map[string]any{
 		"worker": worker, "attempts": attempts, "committed": committed, "busy": busy, "seen": seen,
-		"sqlite": version, "status": states,
+		"client": runtime.Version(), "sqlite": version, "status": states,
 	}))
 }

@@ -20,17 +20,29 @@ fn load(db: &Connection, extension: &str) -> rusqlite::Result<()> {
     }
 }
 
+/// Every other pair of rows is written in a transaction of its own, which is rolled back when it is dropped.
+fn insert(db: &mut Connection, worker: &str, seq: i64) -> rusqlite::Result<()> {
+    const ROW: &str = "INSERT INTO rows VALUES(?1, ?2)";
+    if seq % 4 < 2 {
+        db.execute(ROW, (worker, seq))?;
+        return Ok(());
+    }
+    let transaction = db.transaction()?;
+    transaction.execute(ROW, (worker, seq))?;
+    transaction.commit()
+}
+
 fn main() -> Result<(), Failure> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [path, worker, rows, record] = &arguments[..] else { return Err("worker DB ID ROWS RECORD".into()) };
     let seconds = std::env::var("WORKER_SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(60.0);
     let end = Instant::now() + Duration::from_secs_f64(seconds);
     let rows: i64 = rows.parse()?;
-    let first = Connection::open(path)?;
+    let mut first = Connection::open(path)?;
     if let Ok(extension) = std::env::var("TURNSTILE_EXTENSION") {
         load(&first, &extension)?;
     }
-    let second = Connection::open(path)?;
+    let mut second = Connection::open(path)?;
     for db in [&first, &second] {
         db.busy_timeout(Duration::ZERO)?; // rusqlite sets five seconds by itself
     }
@@ -41,10 +53,10 @@ fn main() -> Result<(), Failure> {
     let (mut attempts, mut committed, mut busy) = (0, 0, 0);
     let mut log = OpenOptions::new().create(true).append(true).open(record)?;
     while committed < rows && Instant::now() < end {
-        let db = if committed % 2 == 0 { &first } else { &second };
+        let db = if committed % 2 == 0 { &mut first } else { &mut second };
         attempts += 1;
-        match db.execute("INSERT INTO rows VALUES(?1, ?2)", (worker, committed)) {
-            Ok(_) => {
+        match insert(db, worker, committed) {
+            Ok(()) => {
                 log.write_all(format!("{worker} {committed}\n").as_bytes())?;
                 committed += 1;
             }
@@ -57,7 +69,7 @@ fn main() -> Result<(), Failure> {
     println!(
         "{}",
         json!({ "worker": worker, "attempts": attempts, "committed": committed, "busy": busy, "seen": seen,
-                "sqlite": rusqlite::version(), "status": states })
+                "client": "rusqlite", "sqlite": rusqlite::version(), "status": states })
     );
     Ok(())
 }

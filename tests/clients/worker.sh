@@ -52,10 +52,13 @@ read -r _
 attempts=0 committed=0 busy=0
 while ((committed < rows && SECONDS < deadline)); do
     attempts=$((attempts + 1))
-    ask $((committed % 2)) "INSERT INTO rows VALUES('$worker', $committed);"
+    insert="INSERT INTO rows VALUES('$worker', $committed);"
+    ((committed % 4 < 2)) || insert="BEGIN; $insert COMMIT;"
+    ask $((committed % 2)) "$insert"
     case $answer in
         "") printf '%s %s\n' "$worker" "$committed" >>"$record"; committed=$((committed + 1)) ;;
-        *locked*) busy=$((busy + 1)) ;;
+        # A COMMIT that was refused leaves its transaction open.
+        *locked*) busy=$((busy + 1)); ask $((committed % 2)) "ROLLBACK;" ;;
         *) echo "INSERT: $answer" >&2; exit 1 ;;
     esac
 done
@@ -69,5 +72,5 @@ done
 exec {out0}>&- {out1}>&- {in0}<&- {in1}<&-
 for fd in "${first[@]}" "${second[@]}"; do exec {fd}>&-; done
 wait
-printf '{"worker": "%s", "attempts": %d, "committed": %d, "busy": %d, "seen": %d, "sqlite": "%s", "status": [%s, %s]}\n' \
-    "$worker" $attempts $committed $busy "$answer" "$version" "${states[@]}"
+printf '{"worker": "%s", "attempts": %d, "committed": %d, "busy": %d, "seen": %d, "client": "sqlite3 %s", "sqlite": "%s", "status": [%s, %s]}\n' \
+    "$worker" $attempts $committed $busy "$answer" "$version" "$version" "${states[@]}"

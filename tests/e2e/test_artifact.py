@@ -8,7 +8,7 @@ import subprocess
 from harness import PYTHON, Broker, connect, create, fails_without, lib, plain, run
 
 EXPORTS = {"sqlite3_turnstile_init", "turnstile_auto_init", "sqlite3_open", "sqlite3_open_v2", "sqlite3_open16",
-           "dlopen"}
+           "dlopen", "dlmopen"}
 
 
 def symbols(*options):

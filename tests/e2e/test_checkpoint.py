@@ -125,6 +125,30 @@ def test_an_application_finds_its_own_settings():
         db.close()
 
 
+@fails_without("autocheckpoint-set-early")
+def test_members_do_not_checkpoint_while_the_broker_does():
+    """SQLite sets a connection's automatic checkpoint after the auto-extensions have run: what is set there is lost."""
+    with Broker() as broker:
+        path = made(broker)
+        db = traced(path, broker)
+        db.execute("PRAGMA synchronous=NORMAL")
+        for seq in range(600):
+            db.execute("INSERT INTO rows VALUES(0, ?, ?)", (seq, "x" * 3000))
+        wait_until(lambda: checkpoints(broker, path)["done"], what="the broker's checkpoint")
+        pid = pid_of_checkpointer(broker)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            wait_until(lambda: open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] == "T", what="the stop")
+            size = os.path.getsize(path)
+            for seq in range(1500):
+                db.execute("INSERT INTO rows VALUES(1, ?, ?)", (seq, "x" * 3000))
+            assert frames(path) > 1400, frames(path)
+            assert os.path.getsize(path) == size, "a member has copied frames into the database"
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        db.close()
+
+
 @timeout(90)
 def test_a_wal_that_begins_anew_is_cut_to_the_applications_size_limit():
     """The broker has it begin anew without cutting the file; the limit is a connection's, at its next commit."""
@@ -288,6 +312,43 @@ def test_a_killed_checkpointer_is_replaced():
         assert not sum(r["busy"] for r in results), results
         assert max(r["longest"] for r in results) < 2 * LIMIT, results
         check_rows(path, broker.record)
+
+
+def is_stopped(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rpartition(")")[2].split()[0] in "Tt"
+    except OSError:
+        return False
+
+
+@waits
+@fails_without("stopped-checkpointer-left")
+@timeout(90)
+def test_a_stopped_checkpointer_holds_nobody_up():
+    """With the turn. It goes on; one that is stopped again and again is replaced, and it is not its database's fault."""
+    with Broker() as broker:
+        path = made(broker)
+        with Workers(2, write, 600.0, path, broker, options={"pad": 1500}) as workers:
+            workers.go()
+            pid = stop_in_turn(broker, path)
+            wait_until(lambda: not is_stopped(pid), timeout=12, what="it to go on")
+            pid = pid_of_checkpointer(broker)
+            end = time.monotonic() + 20
+            while pid_of_checkpointer(broker) == pid and time.monotonic() < end:
+                try:
+                    os.kill(pid, signal.SIGSTOP)
+                except ProcessLookupError:
+                    break
+                time.sleep(0.005)
+            assert wait_until(lambda: pid_of_checkpointer(broker) != pid, what="another checkpointer")
+            before = checkpoints(broker, path)["done"]
+            wait_until(lambda: checkpoints(broker, path)["done"] > before + 2, what="more checkpoints")
+            assert checkpoints(broker, path)["by"] == "broker"
+            for i in workers.processes:
+                workers.kill(i)
+        plain(path, "ALTER TABLE rows DROP COLUMN pad", retry=10)
+        check_rows(path, broker.record, killed=range(2))
 
 
 @waits

@@ -131,6 +131,7 @@ def insert_and_stop(w):
     insert_full(w)
 
 
+@fails_without("leader-waited-for")
 def test_a_stopped_leader_is_overtaken():
     if not os.path.exists(os.path.join(harness.planted_target(), "libturnstile.so")):
         raise Skip("no planted build")
@@ -144,7 +145,7 @@ def test_a_stopped_leader_is_overtaken():
                 stat = f"/proc/{stopped.pid(0)}/stat"
                 harness.wait_until(lambda: open(stat).read().rsplit(")", 1)[1].split()[0] == "T", what="the stop")
                 with under(record, broker, 3, insert_full, rows=50, first=1) as workers:
-                    results = workers.go().wait(timeout=20.0)
+                    results = workers.go(15.0).wait(timeout=20.0)
                 assert [r["committed"] for r in results] == [50] * 3, results
                 stopped.signal(0, signal.SIGCONT)
                 stopped.wait()

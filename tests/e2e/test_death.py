@@ -6,7 +6,8 @@ import signal
 import statistics
 import time
 
-from harness import (Broker, Workers, check_rows, connect, create, plain, plain_env, run_workers, timeout, wait_until)
+from harness import (Broker, Workers, check_rows, connect, create, fails_without, plain, plain_env, run_workers, timeout,
+                     wait_until)
 
 
 def transaction_of_two(w):
@@ -104,9 +105,11 @@ def test_the_last_one_killed_leaves_a_database_for_plain_clients():
             assert plain(db, "PRAGMA integrity_check") == [["ok"]]
 
 
+@fails_without("deaths-unnoticed")
 @timeout(180)
 def test_a_large_heap_and_a_core_dump_hold_nobody_up_for_long():
     """The kernel takes its time to tear down a large process; its seats are cleared when it says so."""
+    os.environ["TURNSTILE_WAIT"] = "8s"
     with Broker() as broker:
         db = create(broker.path("app.db"))
         plain(db, "CREATE TABLE pairs(worker TEXT, seq)")

@@ -166,3 +166,40 @@ def test_a_flood_of_connections_and_messages_stops_nobody():
         except sqlite3.OperationalError as e:
             raise AssertionError("busy" if is_busy(e) else str(e)) from None
         member.close()
+
+
+def seats(broker, path, most):
+    """Joins as often as it may, to read, and says how often that was and what it was told then."""
+    def reader():
+        hostile = Hostile(broker)
+        HELD.append(hostile)
+        fd, directory = os.open(path, os.O_RDONLY), os.open(os.path.dirname(path), os.O_PATH)
+        for count in range(most):
+            hostile.send(join(os.path.basename(path)), [fd, directory])
+            answer, fds, _, _ = socket.recv_fds(hostile.s, 65536, 4)
+            for received in fds:
+                os.close(received)
+            if answer[0] != JOINED:
+                return count, answer
+        return most, b""
+    return reader
+
+
+@fails_without("readers-take-all")
+@timeout(60)
+def test_readers_leave_seats_for_those_who_may_write():
+    root_only()
+    with Broker("--everyone", "yes") as broker:
+        db = create(broker.path("app.db"))
+        os.chmod(db, 0o644)
+        first = connect(db, broker=broker, mode="gated")
+        with as_user(STRANGER, seats(broker, db, 1100)) as (one, said), \
+                as_user(STRANGER + 1, seats(broker, db, 1100)) as (other, _):
+            try:
+                with contextlib.closing(connect(db, timeout=0)) as writer:
+                    writer.execute("INSERT INTO rows VALUES('w', 1)")
+            except sqlite3.Error as e:
+                raise AssertionError(f"{one} and {other} readers, and a writer is refused: {e}") from None
+            assert (one, other) == (512, 256), (one, other)
+            assert b"for those who may write" in said, said
+        first.close()

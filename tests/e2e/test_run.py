@@ -17,6 +17,7 @@ import sys
 import tempfile
 
 import harness
+from clients import python_without_extensions
 from harness import Broker, PYTHON, SHELL, Skip, create, plain, plain_env, run, wait_until
 
 # Connects as an application does that has never heard of turnstile, and shows who answers.
@@ -173,6 +174,26 @@ sys.exit(subprocess.run([sys.executable, "-c", *sys.argv[1:]]).returncode)
     four_writers(lambda db, name, rows: wrapped(PYTHON, "-c", parent, WRITER, db, name, str(rows)))
 
 
+@harness.fails_without("names-at-open")
+def test_a_shared_cache_is_opened_while_its_schema_is_changed():
+    """Whatever is prepared on a connection that is just opening fails then, and SQLite would fail the open with it."""
+    script = """
+import sqlite3, sys
+def opened():
+    return sqlite3.connect(f"file:{sys.argv[1]}?cache=shared", uri=True, isolation_level=None)
+one = opened()
+one.execute("BEGIN")
+one.execute("CREATE TABLE more(x)")
+two = opened()
+one.execute("COMMIT")
+two.execute("INSERT INTO more VALUES(1)")
+"""
+    with Broker() as broker:
+        db = create(broker.path("app.db"))
+        run(wrapped(PYTHON, "-c", script, db), env=env_of(broker))
+        assert plain(db, "SELECT count(*) FROM more", retry=2) == [["1"]]
+
+
 def test_a_plain_connection_is_brokered():
     with Broker() as broker:
         db = create(broker.path("app.db"))
@@ -190,19 +211,8 @@ def test_a_preload_by_hand_does_the_same():
         assert gated(done.stdout), done
 
 
-def pythons_without_extensions():
-    """Python interpreters whose sqlite3 cannot load extensions, as pyenv builds them."""
-    probe = "import sqlite3, sys; sys.exit(hasattr(sqlite3.Connection, 'enable_load_extension'))"
-    found = [shutil.which("python3", path=p) for p in os.environ.get("PATH", "").split(os.pathsep)]
-    found += sorted(glob.glob(os.path.expanduser("~/.pyenv/versions/*/bin/python3")), reverse=True)
-    for python in filter(None, found):
-        with contextlib.suppress(AssertionError):
-            if run([python, "-c", probe], check=False, timeout=20).returncode == 0:
-                yield python
-
-
 def test_a_python_that_cannot_load_extensions_is_reached():
-    python = next(pythons_without_extensions(), None)
+    python = python_without_extensions()
     if python is None:
         raise Skip("every python3 here can load extensions")
     with Broker() as broker:
@@ -216,14 +226,6 @@ def test_the_sqlite3_shell_is_reached():
         db = create(broker.path("app.db"))
         done = run(wrapped(SHELL, db, "PRAGMA turnstile_status"), env=env_of(broker))
         assert gated(done.stdout), done
-
-
-def test_an_extension_module_loaded_with_deepbind_is_reached():
-    """As PHP loads its modules: their own libsqlite3 would come before any interposer."""
-    with Broker() as broker:
-        db = create(broker.path("app.db"))
-        code = "import os, sys; sys.setdlopenflags(os.RTLD_NOW | os.RTLD_DEEPBIND)\n" + STATUS
-        assert gated(run(wrapped(PYTHON, "-c", code, db), env=env_of(broker)).stdout)
 
 
 def test_open16_is_reached():

@@ -8,6 +8,7 @@ import time
 
 from harness import (Broker, PlainShell, Workers, check_rows, connect, create, fails_without, is_busy, lib, plain,
                      run_workers, status_of, timeout, wait_until)
+from test_checkpoint import traced
 
 
 def filled(broker, name="app.db", journal="wal", rows=200_000):
@@ -312,6 +313,30 @@ def test_a_thread_that_waits_for_itself_goes_on():
         two.close()
 
 
+@fails_without("stale-note-trusted", attempts=3)
+def test_a_note_does_not_outlive_its_statement():
+    """`SELECT 1` is noted and reads no file, so nothing ends the note but the next statement; and the one that a blob
+    is opened by is not traced."""
+    with Broker() as broker:
+        db = create(broker.path("app.db"))
+        plain(db, "CREATE TABLE blobs(data BLOB); INSERT INTO blobs VALUES(zeroblob(1000))")
+        mine = traced(db, broker)
+        with PlainShell(db, env=broker.env) as other:
+            other.run(f".load {lib()}")
+            other.run("BEGIN IMMEDIATE; INSERT INTO rows VALUES('o', 1)")
+            mine.execute("SELECT count(*) FROM blobs").fetchone()  # the schema, which would end a note
+            mine.execute("SELECT 1").fetchone()
+            end = threading.Timer(0.3, other.run, ["COMMIT"])
+            end.start()
+            try:
+                with mine.blobopen("blobs", "data", 1) as blob:  # waits for its turn
+                    blob.write(b"x")
+            finally:
+                end.join()
+        assert mine.execute("SELECT count(*) FROM rows").fetchone() == (1,)
+        mine.close()
+
+
 def test_blob_writes_and_backups_get_through():
     """Neither is a statement that can be seen to write; both meet a busy writer and go through."""
     with Broker() as broker:
@@ -356,3 +381,24 @@ def test_the_limit_is_busy_timeout_when_it_was_given():
             other.run("INSERT INTO rows VALUES('x', 2)")
         assert status_of(holder)["mode"] == "gated"
         holder.close()
+
+
+@fails_without("turn-noted-for-good", message="locked")
+def test_a_connection_that_has_written_is_in_nobodys_way():
+    """Two connections on one thread: the one that wrote a while ago is not what the other one waits for, and no
+    deadlock is to be seen in it."""
+    with Broker() as broker:
+        db = create(broker.path("app.db"))
+        first, second = connect(db, broker=broker, mode="gated"), connect(db, mode="gated")
+        with PlainShell(db, env=broker.env) as other:
+            other.run(f".load {lib()}")
+            for writes in ("INSERT INTO rows VALUES('first', 0)", "BEGIN; INSERT INTO rows VALUES('first', 1); COMMIT"):
+                first.executescript(writes)
+                other.run("BEGIN IMMEDIATE; INSERT INTO rows VALUES('other', 0)")
+                end = threading.Timer(0.4, other.send, ("COMMIT",))
+                end.start()
+                second.execute("INSERT INTO rows VALUES('second', 0)")
+                end.join()
+                other.answer()
+        first.close()
+        second.close()

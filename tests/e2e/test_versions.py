@@ -5,8 +5,9 @@ client has linked in. They write the same words of a wal-index and the same WAL.
 import os
 
 import harness
+from client_table import check_member, check_result
+from clients import EXTENSION, environment
 from harness import CACHE, Broker, Programs, Skip, check_rows, create, fails_without
-from test_clients import check_member, check_result, environment
 
 OLD = os.path.join(CACHE, "sqlite-3.34")
 CLIENT = os.path.join(CACHE, "bin", "worker-c")
@@ -19,7 +20,7 @@ class Versions(Programs):
     def __init__(self, kinds, db, rows, broker):
         super().__init__({}, None, 90)
         for number, kind in enumerate(kinds):
-            env = environment(broker, True)
+            env = environment(broker, EXTENSION)
             if kind == "old":
                 env["LD_LIBRARY_PATH"] = OLD
             program = RUST if kind == "newest" else CLIENT

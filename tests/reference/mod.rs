@@ -194,7 +194,22 @@ impl Locks {
         self.journal_is_clear(seat);
         let alone = self.wal.iter().all(|s| *s == seat);
         self.wal.insert(seat);
+        // One that waits to be alone, to leave WAL mode, has been overtaken.
+        let exclusive =
+            |w: &Waiting| matches!(w.ask.request, Request::File { level: FileLevel::Exclusive, .. });
+        let waits = |s: &SeatId| self.waiting.values().any(|w| w.seat == *s && exclusive(w));
+        if let Some(leaver) = self.table.reserved.filter(waits) {
+            self.leaver_gives_way(leaver);
+        }
         alone
+    }
+
+    /// A seat that waits for EXCLUSIVE with RESERVED, while others are in WAL mode, has no turn: they may have to write
+    /// before they go.
+    fn leaver_gives_way(&mut self, leaver: SeatId) {
+        if self.table.reserved == Some(leaver) && self.wal.iter().any(|s| *s != leaver) {
+            self.turn.end(leaver);
+        }
     }
 
     pub fn close_wal_index(&mut self, seat: SeatId) {

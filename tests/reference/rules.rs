@@ -115,6 +115,7 @@ impl Locks {
         }
         self.table.pending = Some(seat);
         if readers_left {
+            self.leaver_gives_way(seat);
             return Attempt::Wait { for_turn: false };
         }
         self.table.exclusive = Some(seat);

@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod death;
+mod leaving_wal;
 mod offers;
 mod streaks;
 mod takeover;

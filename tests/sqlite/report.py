@@ -42,8 +42,8 @@ what is beneath SQLite, so the numbers of cases differ in such files.
 
 A cell: how many cases were run, and of them how many failed that pass on plain SQLite.
 
-SQLite's other tests with several processes or threads: `mptester` is a part of `tests/run` (`tests/e2e/test_mptest.py`);
-`threadtest3` has been run by hand, 10 of its 15 tests, with turnstile's settings as they come: no error.
+SQLite's other tests with several processes or threads are parts of `tests/run`: `mptester` (`tests/e2e/test_mptest.py`) and
+`threadtest3` (`tests/e2e/test_threadtest3.py`), which `tests/sqlite/threads` runs in full, beside plain SQLite.
 
 ## Known differences
 

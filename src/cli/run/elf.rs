@@ -9,10 +9,13 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
-use memchr::memmem;
+use super::search::found_in;
 
 /// Nothing that is read here is larger in a real file (the largest: the dynamic symbols' names).
 const LARGEST_TABLE: u64 = 64 << 20;
+
+/// SQLite translated to Go, or to WebAssembly that Go runs: files and locks go to the kernel without any C library.
+const SQLITES_IN_GO: [&str; 2] = ["modernc.org/sqlite", "github.com/ncruces/go-sqlite3"];
 
 /// The parts of an ELF header that tell for which machine the file is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -188,27 +191,19 @@ impl Elf {
 
     /// Whether the file's constants contain `bytes`.
     pub fn holds(&self, file: &File, bytes: &[u8]) -> io::Result<bool> {
-        let finder = memmem::Finder::new(bytes);
-        let mut buffer = vec![0u8; 256 << 10];
-        for (offset, size) in self.constants() {
-            let (mut at, end, mut kept) = (offset, offset.saturating_add(size), 0);
-            while at < end {
-                let room = (buffer.len() - kept).min((end - at) as usize);
-                let n = file.read_at(&mut buffer[kept..kept + room], at)?;
-                if n == 0 {
-                    break;
-                }
-                let filled = kept + n;
-                if finder.find(&buffer[..filled]).is_some() {
-                    return Ok(true);
-                }
-                // A match may span two reads.
-                kept = filled.min(bytes.len() - 1);
-                buffer.copy_within(filled - kept..filled, 0);
-                at += n as u64;
+        found_in(&self.constants(), file, bytes)
+    }
+
+    /// The SQLite that a Go program has got in Go: its package, by the names of functions, which `strip` leaves.
+    pub fn sqlite_in_go(&self, file: &File) -> io::Result<Option<&'static str>> {
+        let tables = self.sections.iter().filter(|s| s.kind != SHT_NOBITS && s.name.ends_with(".gopclntab"));
+        let tables: Vec<_> = tables.map(|s| (s.offset, s.size)).collect();
+        for package in SQLITES_IN_GO {
+            if found_in(&tables, file, package.as_bytes())? {
+                return Ok(Some(package));
             }
         }
-        Ok(false)
+        Ok(None)
     }
 }
 

@@ -21,6 +21,10 @@ pub enum Obstacle {
     #[error("it is a static Go program: no dynamic linker runs in it, so nothing can be preloaded")]
     StaticGo,
     #[error(
+        "its SQLite is written in Go ({0}) and speaks to the kernel itself, where nothing that is preloaded gets between"
+    )]
+    SqliteInGo(&'static str),
+    #[error(
         "it changes its user or group when it starts (setuid, setgid): the dynamic linker ignores LD_PRELOAD"
     )]
     SetId,
@@ -44,6 +48,10 @@ impl Obstacle {
                 "With mattn/go-sqlite3, build with CGO_ENABLED=1 and `-tags libsqlite3`, or load the extension \
                  (sqlite3.SQLiteDriver{Extensions: ...}). If it only starts another program, put \
                  `turnstile run` behind it."
+            }
+            Obstacle::SqliteInGo(_) => {
+                "Use a driver over SQLite's C library, such as mattn/go-sqlite3 (CGO_ENABLED=1): built with \
+                 `-tags libsqlite3` it needs nothing else, with SQLite linked in it has to load the extension."
             }
             Obstacle::SetId | Obstacle::Capabilities => {
                 "Let it load the extension on its connections, or run `turnstile run` as the user that it \
@@ -141,6 +149,11 @@ fn judge(elf: &Elf, path: &Path, file: &File, library: &Elf) -> Option<Obstacle>
     let libc = |musl| if musl { "musl" } else { "glibc" };
     if elf.machine != library.machine {
         return Some(Obstacle::Machine { theirs: name(elf.machine), ours: name(library.machine) });
+    }
+    if elf.is_go()
+        && let Ok(Some(package)) = elf.sqlite_in_go(file)
+    {
+        return Some(Obstacle::SqliteInGo(package));
     }
     if elf.interpreter.is_none() {
         return Some(if elf.is_go() { Obstacle::StaticGo } else { Obstacle::Static });

@@ -9,6 +9,7 @@
 //! | `hello` | the objects that a process started with |
 //! | `loaded` | the same at its end, when more had been loaded |
 //! | `attached` | a SQLite library that knows turnstile now |
+//! | `apart` | an object that is about to be loaded into a namespace of its own, where interposers do not get |
 //! | `unreached` | an object, and why its SQLite was not reached |
 //!
 //! The files named are read here and not in the command, so that its run costs nothing. A long-running command is
@@ -46,6 +47,8 @@ const MOST_LINES: usize = 64;
 /// Found together in every SQLite of the last fifteen years; tools that only recognise database files have the
 /// first alone.
 const SQLITE_BYTES: [&[u8]; 2] = [b"malformed database schema (", b"SQLite format 3\0"];
+
+const SQLITE_LIBRARY: &str = "libsqlite3.so";
 
 struct Look {
     due: Instant,
@@ -156,6 +159,7 @@ impl Reports {
             "attached" if self.verbose => {
                 lines.for_each(|path| self.say(format_args!("process {pid} ({exe}): its SQLite is {path}")));
             }
+            "apart" => lines.for_each(|name| self.judge_apart(name)),
             "unreached" => lines.for_each(|why| self.say(format_args!("not reached: {why}"))),
             _ => {}
         }
@@ -211,6 +215,20 @@ impl Reports {
         }
     }
 
+    /// What dlmopen(3) loads, by its path or, where the dynamic linker is to find it, by its name.
+    fn judge_apart(&mut self, name: &str) {
+        let path = Path::new(name);
+        let brings = |file: std::fs::File| brings_sqlite(&file).unwrap_or(false);
+        if name.contains(SQLITE_LIBRARY) || (path.is_absolute() && open_regular(path).is_ok_and(brings)) {
+            let library = self.library.display().to_string();
+            self.say(format_args!(
+                "{name} is loaded into a namespace of its own (dlmopen), where SQLite cannot be reached: databases that \
+                 are opened there are opened without turnstile. Load the extension there (load_extension('{library}')), \
+                 or use dlopen."
+            ));
+        }
+    }
+
     /// One line on standard error, once.
     pub fn say(&mut self, message: impl Display) {
         // It may hold names that others chose: no control characters on a terminal.
@@ -241,6 +259,15 @@ fn hides_sqlite(file: &std::fs::File) -> io::Result<bool> {
     // an executable binds its own calls when it is linked.
     let shared = open.defined && elf.interpreter.is_none() && !elf.symbolic;
     Ok(!open.undefined && !shared)
+}
+
+/// Whether SQLite gets loaded with the file: in it, or as the library that it needs.
+fn brings_sqlite(file: &std::fs::File) -> io::Result<bool> {
+    let Some(elf) = Elf::read(file)? else { return Ok(false) };
+    if elf.needed.iter().any(|name| name.starts_with(SQLITE_LIBRARY)) {
+        return Ok(true);
+    }
+    Ok(elf.holds(file, SQLITE_BYTES[0])? && elf.holds(file, SQLITE_BYTES[1])?)
 }
 
 /// The files of which a process has code mapped.

@@ -1,0 +1,234 @@
+"""Broker and keeper are both killed: the next broker finds the members in their processes, whether they have anything to
+say or not, and believes nobody who imitates them."""
+
+import contextlib
+import fcntl
+import os
+import re
+import struct
+import sqlite3
+import subprocess
+
+import harness
+from harness import (Broker, PYTHON, connect, create, fails_without, plain, timeout)
+from test_broker_death import Other, kill_both, loaded, planted_build, shut_to_plain
+from test_foreign import STRANGER, as_user, root_only
+
+CONTROL_SIZE, WAL_INDEX_SIZE = 8192 + 1024 * 128, 1 << 30
+
+
+@fails_without("members-not-looked-for", message="cannot be found|did not|locked")
+def test_members_that_have_nothing_to_say_are_found():
+    with Broker() as broker:
+        db = create(broker.path("app.db"))
+        other = create(broker.path("other.db"))
+        with Other(db, broker) as one, Other(db, broker) as two, Other(other, broker) as third:
+            one.says("INSERT INTO rows VALUES('one', 1)")
+            before = {m["seat"]: m["pid"] for m in broker.members(db)}
+            kill_both(broker)
+            two.says("INSERT INTO rows VALUES('two', 1)")
+            assert shut_to_plain(db)
+            broker.start()
+            c = connect(db, broker=broker, mode="gated")
+            c.execute("INSERT INTO rows VALUES('new', 1)")
+            assert c.execute("SELECT count(*) FROM rows").fetchone() == (3,)
+            seats = {m["seat"]: m["pid"] for m in broker.members(db)}
+            assert {s: p for s, p in seats.items() if p != os.getpid()} == before, (seats, before)
+            assert [m["pid"] for m in broker.members(other)] == [third.process.pid]
+            # They go on as this broker's members: one opens it once more, one leaves, one dies with the turn.
+            two.says("more")
+            assert [m["pid"] for m in broker.members(db)].count(two.process.pid) == 2
+            one.says("close")
+            assert one.process.pid not in [m["pid"] for m in broker.members(db)]
+            two.says("BEGIN IMMEDIATE")
+            two.kill()
+            c.execute("INSERT INTO rows VALUES('new', 2)")
+            c.close()
+            assert plain(db, "SELECT count(*) FROM rows", retry=2) == [["4"]]
+            # And a broker after this one has them from its keeper.
+            broker.kill()
+            broker.start()
+            assert [m["pid"] for m in broker.members(other)] == [third.process.pid]
+
+
+@fails_without("dead-seats-stay")
+def test_who_died_after_broker_and_keeper_is_cleared():
+    with Broker(env={"TURNSTILE_WAIT": "3s"}) as broker:
+        db = create(broker.path("app.db"))
+        with Other(db, broker) as holder, Other(db, broker) as idle:
+            holder.says("BEGIN IMMEDIATE")
+            holder.says("INSERT INTO rows VALUES('lost', 1)")
+            kill_both(broker)
+            holder.kill()
+            broker.start()
+            c = connect(db, broker=broker, mode="gated")
+            c.execute("INSERT INTO rows VALUES('kept', 1)")
+            assert c.execute("SELECT worker FROM rows").fetchall() == [("kept",)]
+            idle.says("INSERT INTO rows VALUES('idle', 1)")
+            c.close()
+
+
+@fails_without("members-not-looked-for")
+def test_seats_at_rest_keep_nobody_out_when_broker_keeper_and_member_are_killed():
+    with Broker() as broker:
+        db = create(broker.path("app.db"))
+        with Other(db, broker) as rests, Other(db, broker) as dies:
+            rests.says("close")
+            assert len(broker.database(db)["resting"]) == 1
+            kill_both(broker)
+            dies.kill()
+            assert shut_to_plain(db)
+            broker.start()
+            plain(db, "INSERT INTO rows VALUES('plain', 1)", retry=3)
+            rests.says("again")
+            rests.says("INSERT INTO rows VALUES('rests', 1)")
+
+
+@timeout(240)
+@fails_without("members-not-looked-for")
+def test_broker_and_keeper_killed_under_load():
+    """No transaction of a member fails, nothing acknowledged is lost, and newcomers are in at once."""
+    with Broker() as broker:
+        def kill(_):
+            kill_both(broker)
+            broker.start()
+        loaded(broker, int(os.environ.get("KILLS", "4")), kill)
+
+
+def test_a_reader_who_may_only_read_is_found():
+    root_only()
+    from test_lifetimes import Reader
+    with Broker("--everyone", "yes") as broker:
+        db = create(broker.path("app.db"))
+        with Other(db, broker) as writer, Reader(broker, db) as reader:
+            writer.says("INSERT INTO rows VALUES('w', 1)")
+            assert '"socket"' in reader.do("open", "a")
+            assert reader.do("count", "a") == "1"
+            kill_both(broker)
+            broker.start()
+            connect(db, broker=broker, mode="gated").close()
+            assert reader.process.pid in [m["pid"] for m in broker.members(db)]
+            assert reader.do("count", "a") == "1"
+            writer.says("INSERT INTO rows VALUES('w', 2)")
+            assert reader.do("count", "a") == "2"
+
+
+@fails_without("sockets-are-strange")
+def test_a_member_of_another_user_hands_everything_back():
+    """What it sends is received elsewhere; what holds the gate is a socket."""
+    root_only()
+    with planted_build("members-not-looked-for") as planted, Broker("--everyone", "yes", env=planted) as broker:
+        db = create(broker.path("app.db"))
+        for path, mode in ((broker.dir, 0o777), (db, 0o666)):
+            os.chmod(path, mode)
+        with Other(db, broker, STRANGER) as member:
+            member.says("INSERT INTO rows VALUES('s', 1)")
+            kill_both(broker)
+            broker.start()
+            member.says("more")
+            with contextlib.closing(connect(db, broker=broker, mode="gated")) as c:
+                c.execute("INSERT INTO rows VALUES('c', 1)")
+            assert [m["uid"] for m in broker.members(db)] == [STRANGER] * 2, broker.members(db)
+            member.says("INSERT INTO rows VALUES('s', 2)")
+
+
+# --- imitations -----------------------------------------------------------------------------------------------
+
+def memfd(name, size):
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, size)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return fd
+
+
+def imitation(path, lock):
+    """All that a member has: a segment, and what holds the gate. (src/segment/layout.rs, hold.rs)"""
+    import array
+    import socket
+    place = os.stat(lock)
+    nonce = 0x1234
+    directory = os.stat(os.path.dirname(path))
+    control = memfd(f"turnstile-control-{nonce:016x}-{place.st_dev:x}.{place.st_ino:x}", CONTROL_SIZE)
+    index = memfd(f"turnstile-wal-index-{nonce:016x}-{place.st_dev:x}.{place.st_ino:x}", WAL_INDEX_SIZE)
+    layout = int(re.search(r"LAYOUT_VERSION: u32 = (\d+)", open(LAYOUT).read())[1]) if LAYOUT else 0
+    os.pwrite(control, b"trnstile" + struct.pack("<IIQ", layout, 0, nonce), 0)
+    name = os.path.basename(path).encode()
+    os.pwrite(control, struct.pack("<4Q", 7777, directory.st_dev, directory.st_ino, len(name)) + name, 8192 - 1664)
+    gate = os.open(path, os.O_RDWR)
+    fcntl.fcntl(gate, 37, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 0x40000000, 512, 0))  # F_OFD_SETLK
+    member, broker = socket.socketpair()
+    broker.sendmsg([b"turnstile-gate" + struct.pack("<Q", nonce)],
+                   [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [gate]))])
+    broker.close()
+    kept.extend([control, index, gate, member])
+    return "ready"
+
+
+kept = []
+LAYOUT = os.path.join(harness.ROOT, "src", "segment", "layout.rs")
+
+
+def refused(db, broker):
+    seen = broker.log().count("cannot be found")
+    try:
+        connect(db, broker=broker).close()
+    except sqlite3.Error:
+        assert broker.log().count("cannot be found") > seen, broker.log()
+        return True
+    return False
+
+
+@fails_without("imitations-believed")
+def test_another_users_imitation_of_a_member_is_not_believed():
+    """It may write the file and so hold its gate, but it has no segment that a broker has made."""
+    root_only()
+    with Broker("--everyone", "yes") as broker:
+        db = create(broker.path("app.db"))
+        os.chmod(db, 0o666)
+        os.chmod(broker.dir, 0o777)
+        with as_user(STRANGER, lambda: imitation(db, broker.socket + ".lock")) as said:
+            assert said == "ready"
+            assert refused(db, broker), "a segment of another user's was taken for a broker's"
+        connect(db, broker=broker, mode="gated").close()
+
+
+def test_a_gate_without_a_segment_is_left_alone():
+    """And a segment without a gate."""
+    with Broker() as broker:
+        db = create(broker.path("app.db"))
+        gate = os.open(db, os.O_RDWR)
+        fcntl.fcntl(gate, 37, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 0x40000000, 512, 0))
+        assert refused(db, broker)
+        with Other(db := create(broker.path("second.db")), broker) as member:
+            kill_both(broker)
+            # What holds the gate is taken from the member; the gate itself is held here.
+            command = [PYTHON, "-c", TAKE_GATE, str(member.process.pid)]
+            taker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            try:
+                assert taker.stdout.readline() == "taken\n"
+                broker.start()
+                assert refused(db, broker)
+                assert shut_to_plain(db)
+            finally:
+                taker.kill()
+                taker.wait(10)
+                taker.stdout.close()
+            os.close(gate)
+
+
+# Takes the gate out of the queue of a member's socket, and keeps it (pidfd_getfd(2)).
+TAKE_GATE = """
+import array, ctypes, os, socket, sys, time
+pid = int(sys.argv[1])
+libc = ctypes.CDLL(None, use_errno=True)
+pidfd = os.pidfd_open(pid)
+for n in sorted(map(int, os.listdir(f"/proc/{pid}/fd"))):
+    if not os.readlink(f"/proc/{pid}/fd/{n}").startswith("socket:"):
+        continue
+    s = socket.socket(fileno=libc.syscall(438, pidfd, n, 0))
+    if s.family == socket.AF_UNIX and s.type == socket.SOCK_STREAM:
+        data, rights, _, _ = s.recvmsg(64, 64)
+        assert data.startswith(b"turnstile-gate") and rights, data
+        print("taken", flush=True)
+        time.sleep(60)
+"""
