@@ -9,6 +9,7 @@
 //! | `hello` | the objects that a process started with |
 //! | `loaded` | the same at its end, when more had been loaded |
 //! | `attached` | a SQLite library that knows turnstile now |
+//! | `lane` | a database that is brokered through the C library, its SQLite being hidden |
 //! | `apart` | an object that is about to be loaded into a namespace of its own, where interposers do not get |
 //! | `unreached` | an object, and why its SQLite was not reached |
 //!
@@ -159,6 +160,9 @@ impl Reports {
             "attached" if self.verbose => {
                 lines.for_each(|path| self.say(format_args!("process {pid} ({exe}): its SQLite is {path}")));
             }
+            "lane" if self.verbose => lines.for_each(|path| {
+                self.say(format_args!("process {pid} ({exe}): {path} is brokered through the C library"));
+            }),
             "apart" => lines.for_each(|name| self.judge_apart(name)),
             "unreached" => lines.for_each(|why| self.say(format_args!("not reached: {why}"))),
             _ => {}
@@ -246,13 +250,17 @@ impl AsFd for Reports {
     }
 }
 
-/// Whether the file has a SQLite of its own whose `sqlite3_open*` are called without the dynamic linker.
+/// Whether the file has a SQLite of its own whose `sqlite3_open*` are called without the dynamic linker, and the C
+/// library's functions too: else what it asks of those is answered.
 fn hides_sqlite(file: &std::fs::File) -> io::Result<bool> {
     let Some(elf) = Elf::read(file)? else { return Ok(false) };
     for bytes in SQLITE_BYTES {
         if !elf.holds(file, bytes)? {
             return Ok(false);
         }
+    }
+    if elf.calls(file, &["fcntl", "fcntl64"])? {
+        return Ok(false);
     }
     let open = elf.open_symbols(file)?;
     // A shared library that offers them is called through them, by itself too unless it was linked `-Bsymbolic`;
