@@ -151,6 +151,8 @@ impl Bench {
             receiver: None,
             linger: Duration::ZERO,
             replace: false,
+            activated: None,
+            activated: None,
             ready: None,
         };
         let rig = Rig::new(options).expect("a broker");

@@ -187,7 +187,9 @@ impl Keeping {
 
     /// Whoever knocks from now on is the next broker's.
     pub fn listener(&mut self, listener: &Listener) {
-        if let Some(place) = listener.leads_to()
+        // The service manager's waits for the next broker by itself.
+        if !listener.is_given()
+            && let Some(place) = listener.leads_to()
             && !planted("listener-not-handed-over")
         {
             self.keep(Kept::Listener(place), &[&listener.socket]);
@@ -196,6 +198,11 @@ impl Keeping {
 
     pub fn seat_gone(&mut self, key: SeatKey) {
         self.keep(Kept::SeatGone(key), &[]);
+    }
+
+    /// The broker's socket is the service manager's.
+    pub fn leave_socket(&mut self) {
+        self.tell(&ToKeeper::LeaveSocket, &[]);
     }
 
     fn start(&mut self, program: &Path, broker: &Path, epoll: &Epoll) -> io::Result<()> {
@@ -236,6 +243,9 @@ impl Server {
             );
             self.keeping.given_up = true;
             return;
+        }
+        if self.listener.is_given() {
+            self.keeping.leave_socket();
         }
         for session in self.sessions.values_mut() {
             session.kept = false;

@@ -156,6 +156,12 @@ impl Elf {
         }
     }
 
+    /// The content of the section of this name.
+    pub fn section(&self, file: &File, name: &str) -> io::Result<Option<Vec<u8>>> {
+        let found = self.sections.iter().find(|s| s.name == name && s.kind != SHT_NOBITS);
+        found.map(|s| table(file, s.offset, s.size)).transpose()
+    }
+
     /// How it defines or uses `sqlite3_open`, `sqlite3_open_v2` and `sqlite3_open16`.
     pub fn open_symbols(&self, file: &File) -> io::Result<OpenSymbols> {
         let mut found = OpenSymbols::default();

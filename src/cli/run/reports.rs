@@ -208,7 +208,10 @@ impl Reports {
         // What cannot be read (gone, in another mount namespace) is passed over.
         let Ok(file) = open_regular(path) else { return };
         let Ok(meta) = file.metadata() else { return };
-        if self.files.insert((meta.dev(), meta.ino())) && hides_sqlite(&file).unwrap_or(false) {
+        if self.files.insert((meta.dev(), meta.ino()))
+            && hides_sqlite(&file).unwrap_or(false)
+            && !asks_for_locks(&file).unwrap_or(false)
+        {
             let library = self.library.display().to_string();
             self.say(format_args!(
                 "{} has SQLite linked in, where it cannot be reached: databases that it opens are opened without \
@@ -250,17 +253,18 @@ impl AsFd for Reports {
     }
 }
 
-/// Whether the file has a SQLite of its own whose `sqlite3_open*` are called without the dynamic linker, and the C
-/// library's functions too: else what it asks of those is answered.
-fn hides_sqlite(file: &std::fs::File) -> io::Result<bool> {
+/// It calls the C library's locks by the dynamic linker: what a SQLite in it asks of the C library is answered.
+fn asks_for_locks(file: &std::fs::File) -> io::Result<bool> {
+    Elf::read(file)?.map_or(Ok(false), |elf| elf.calls(file, &["fcntl", "fcntl64"]))
+}
+
+/// Whether the file has a SQLite of its own whose `sqlite3_open*` are called without the dynamic linker.
+pub fn hides_sqlite(file: &std::fs::File) -> io::Result<bool> {
     let Some(elf) = Elf::read(file)? else { return Ok(false) };
     for bytes in SQLITE_BYTES {
         if !elf.holds(file, bytes)? {
             return Ok(false);
         }
-    }
-    if elf.calls(file, &["fcntl", "fcntl64"])? {
-        return Ok(false);
     }
     let open = elf.open_symbols(file)?;
     // A shared library that offers them is called through them, by itself too unless it was linked `-Bsymbolic`;
