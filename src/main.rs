@@ -6,7 +6,7 @@ mod finder;
 mod keeper;
 mod receiver;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use std::process::ExitCode;
 
 /// Every process and container on one Linux host writes the same SQLite database at once.
@@ -27,10 +27,15 @@ enum Command {
     Serve(cli::serve::ServeArgs),
     /// Show databases, members, who has the turn and who waits.
     Status(cli::status::StatusArgs),
+    /// Find out what is wrong with a database, its place, its users and their settings. Changes nothing.
+    Doctor(cli::doctor::DoctorArgs),
     /// Compare plain SQLite with turnstile on this machine, in less than half a minute.
     Demo(cli::demo::DemoArgs),
     /// Measure plain SQLite against turnstile on this machine.
     Bench(cli::bench::BenchArgs),
+    /// Man pages and shell completions, for `make install`.
+    #[command(hide = true)]
+    Generate(cli::generate::GenerateArgs),
     /// What the broker starts for itself.
     #[command(hide = true)]
     Checkpointer,
@@ -54,8 +59,10 @@ fn main() -> ExitCode {
         Command::Run(args) => cli::run::run(args),
         Command::Serve(args) => cli::serve::run(args),
         Command::Status(args) => cli::status::run(args),
+        Command::Doctor(args) => cli::doctor::run(args),
         Command::Demo(args) => cli::demo::run(args),
         Command::Bench(args) => cli::bench::run(args),
+        Command::Generate(args) => cli::generate::run(args, Arguments::command()),
         Command::Checkpointer => checkpointer::run(),
         Command::Keeper => keeper::run(),
         Command::Finder => finder::run(),

@@ -151,6 +151,7 @@ impl Bench {
             receiver: None,
             linger: Duration::ZERO,
             replace: false,
+            activated: None,
             ready: None,
         };
         let rig = Rig::new(options).expect("a broker");

@@ -249,6 +249,9 @@ impl Server {
         }
         let _ = self.epoll.add(&left.keeper, EpollEvent::new(EpollFlags::EPOLLIN, KEEPER_SOCKET));
         self.keeping = Keeping::taken_over(left.keeper, left.pid);
+        if self.listener.is_given() {
+            self.keeping.leave_socket();
+        }
         for (number, piece) in pieces {
             self.adopt_database(number, piece);
         }

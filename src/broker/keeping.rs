@@ -38,6 +38,8 @@ pub struct Keeping {
     pid: i32,
     deaths: Vec<Instant>,
     given_up: bool,
+    /// It could not be started: out of descriptors, say. It is tried again.
+    failed: bool,
     /// How many changes it has been told of.
     told: u64,
 }
@@ -187,7 +189,9 @@ impl Keeping {
 
     /// Whoever knocks from now on is the next broker's.
     pub fn listener(&mut self, listener: &Listener) {
-        if let Some(place) = listener.leads_to()
+        // The service manager's waits for the next broker by itself.
+        if !listener.is_given()
+            && let Some(place) = listener.leads_to()
             && !planted("listener-not-handed-over")
         {
             self.keep(Kept::Listener(place), &[&listener.socket]);
@@ -196,6 +200,11 @@ impl Keeping {
 
     pub fn seat_gone(&mut self, key: SeatKey) {
         self.keep(Kept::SeatGone(key), &[]);
+    }
+
+    /// The broker's socket is the service manager's.
+    pub fn leave_socket(&mut self) {
+        self.tell(&ToKeeper::LeaveSocket, &[]);
     }
 
     fn start(&mut self, program: &Path, broker: &Path, epoll: &Epoll) -> io::Result<()> {
@@ -231,11 +240,17 @@ impl Server {
             return;
         }
         if let Err(e) = self.keeping.start(&program, &self.options.socket, &self.epoll) {
-            tracing::error!(
-                "no keeper: {e}; if the broker is killed, members must end before it can serve them again"
-            );
-            self.keeping.given_up = true;
+            if !self.keeping.failed {
+                tracing::error!(
+                    "no keeper: {e}; if the broker is killed meanwhile, members must end before it can serve them again"
+                );
+            }
+            self.keeping.failed = true;
             return;
+        }
+        self.keeping.failed = false;
+        if self.listener.is_given() {
+            self.keeping.leave_socket();
         }
         for session in self.sessions.values_mut() {
             session.kept = false;
@@ -245,6 +260,13 @@ impl Server {
         }
         for (number, db) in &self.databases {
             self.keeping.database(*number, db);
+        }
+    }
+
+    /// Once a second: what could not be had then may be there now.
+    pub(super) fn start_keeper_again(&mut self) {
+        if self.keeping.failed && !planted("keeper-not-tried-again") {
+            self.start_keeper();
         }
     }
 

@@ -3,13 +3,13 @@
 use crate::segment::names::Place;
 use crate::wire::socket::{new_socket, short_path};
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
-use nix::sys::socket::sockopt::AcceptConn;
-use nix::sys::socket::{Backlog, UnixAddr, bind, getsockopt, listen};
+use nix::fcntl::{FcntlArg, FdFlag, Flock, FlockArg, OFlag, fcntl};
+use nix::sys::socket::sockopt::{AcceptConn, SockType};
+use nix::sys::socket::{Backlog, SockType as SocketKind, UnixAddr, bind, getsockname, getsockopt, listen};
 use nix::sys::stat::fstat;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -37,6 +37,8 @@ pub struct Listener {
     /// There was another broker's socket, which had not been removed.
     pub replaced: bool,
     lock: Lock,
+    /// It is the service manager's, and stays.
+    given: bool,
 }
 
 impl Lock {
@@ -80,7 +82,7 @@ impl Listener {
     pub fn bind(lock: Lock, everyone: bool) -> Result<Listener, ListenError> {
         let replaced = lock.path.exists();
         let socket = listen_at(&lock.path, everyone).map_err(|e| ListenError::Io(lock.path.clone(), e))?;
-        Ok(Listener { socket, replaced, lock })
+        Ok(Listener { socket, replaced, lock, given: false })
     }
 
     /// The socket of the last broker, in which those who have knocked since are waiting; if its path still leads there.
@@ -90,7 +92,7 @@ impl Listener {
         (place, socket): (Place, OwnedFd),
     ) -> Result<Listener, ListenError> {
         let listens = getsockopt(&socket, AcceptConn).unwrap_or(false);
-        let listener = Listener { socket, replaced: false, lock };
+        let listener = Listener { socket, replaced: false, lock, given: false };
         // Again: whoever connects from now on is told that it is this process which listens (unix(7), SO_PEERCRED).
         let listens = listens && listen(&listener.socket, backlog()).is_ok();
         if !listens || listener.leads_to() != Some(place) {
@@ -112,13 +114,32 @@ impl Listener {
         self.lock.place
     }
 
+    /// Listens on a socket that listens there already: the service manager's (sd_listen_fds(3)).
+    pub fn given(lock: Lock, socket: OwnedFd) -> Result<Listener, ListenError> {
+        let error = |e: io::Error| ListenError::Io(lock.path.clone(), e);
+        fcntl(&socket, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(|e| error(e.into()))?;
+        let bits = fcntl(&socket, FcntlArg::F_GETFL).map_err(|e| error(e.into()))?;
+        let flags = OFlag::from_bits_retain(bits) | OFlag::O_NONBLOCK;
+        fcntl(&socket, FcntlArg::F_SETFL(flags)).map_err(|e| error(e.into()))?;
+        // Again: who connects from now on is told that this process listens, not the service manager (unix(7),
+        // SO_PEERCRED), and that is whom `--replace` signals.
+        listen(&socket, backlog()).map_err(|e| error(e.into()))?;
+        Ok(Listener { socket, replaced: false, lock, given: true })
+    }
+
+    pub fn is_given(&self) -> bool {
+        self.given
+    }
+
     pub fn path(&self) -> &Path {
         &self.lock.path
     }
 
     /// No new connection finds the path after this.
     pub fn unlink(&self) {
-        let _ = fs::remove_file(self.path());
+        if !self.given {
+            let _ = fs::remove_file(self.path());
+        }
     }
 }
 
@@ -128,6 +149,23 @@ fn backlog() -> Backlog {
 
 fn permissions(everyone: bool) -> fs::Permissions {
     fs::Permissions::from_mode(if everyone { 0o666 } else { 0o600 })
+}
+
+/// Where a socket listens that a broker may serve; an error says what else it is.
+pub fn listens_at(fd: BorrowedFd) -> io::Result<PathBuf> {
+    let refuse = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, what.to_owned());
+    let address: UnixAddr = getsockname(fd.as_raw_fd()).map_err(|_| refuse("it is no Unix socket"))?;
+    if getsockopt(&fd, SockType)? != SocketKind::SeqPacket {
+        return Err(refuse("it is not of the type SOCK_SEQPACKET (ListenSequentialPacket=)"));
+    }
+    if !getsockopt(&fd, AcceptConn)? {
+        return Err(refuse("it does not listen (Accept=no)"));
+    }
+    address
+        .path()
+        .filter(|p| p.is_absolute())
+        .map(Path::to_owned)
+        .ok_or_else(|| refuse("it has no absolute path"))
 }
 
 fn with_suffix(path: &Path, suffix: &str) -> PathBuf {

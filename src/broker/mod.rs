@@ -52,6 +52,6 @@ pub mod waits;
 mod watchdog;
 
 pub use limits::Limits;
-pub use listen::ListenError;
+pub use listen::{ListenError, listens_at};
 pub use options::Options;
-pub use server::{ServeError, raise_descriptor_limit, serve};
+pub use server::{Phase, ServeError, raise_descriptor_limit, serve};

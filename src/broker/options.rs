@@ -29,6 +29,8 @@ pub struct Options {
     pub receiver: Option<PathBuf>,
     /// Take over from the broker that serves the socket now.
     pub replace: bool,
+    /// A socket that listens at `socket` already: the service manager's, which keeps it when this broker has ended.
+    pub activated: Option<i32>,
     /// Written one byte and closed once the socket listens.
     pub ready: Option<i32>,
 }

@@ -91,8 +91,17 @@ pub struct Server {
     pub(super) deaf: bool,
 }
 
+/// What whoever has started the broker may want to know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Clients are served from now on, and everything that the last broker left has been taken back.
+    Listening,
+    /// No more.
+    Stopping,
+}
+
 /// Serves until a signal, or until idle for `idle_exit`.
-pub fn serve(options: Options) -> Result<(), ServeError> {
+pub fn serve(options: Options, tell: &dyn Fn(Phase)) -> Result<(), ServeError> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);
     signals.add(Signal::SIGINT);
@@ -110,7 +119,8 @@ pub fn serve(options: Options) -> Result<(), ServeError> {
         let ready = unsafe { OwnedFd::from_raw_fd(fd) };
         let _ = nix::unistd::write(&ready, b"+");
     }
-    server.run(&signals)
+    tell(Phase::Listening);
+    server.run(&signals, tell)
 }
 
 /// Raises the limit of descriptors as far as this process may, and says how many those are.
@@ -126,9 +136,12 @@ impl Server {
             if options.replace { adopting::replace(&options.socket)? } else { Duration::from_millis(50) };
         let lock = Lock::take(&options.socket, options.everyone, patience)?;
         let mut left = adopting::take_back(&options.socket)?;
-        let listener = match left.as_mut().and_then(|l| l.listener.take()) {
-            Some(last) => Listener::take_on(lock, options.everyone, last)?,
-            None => Listener::bind(lock, options.everyone)?,
+        let kept = left.as_mut().and_then(|l| l.listener.take());
+        let listener = match (options.activated, kept) {
+            // SAFETY: the number was passed to this process for exactly this; nothing else in it has it.
+            (Some(fd), _) => Listener::given(lock, unsafe { OwnedFd::from_raw_fd(fd) })?,
+            (None, Some(last)) => Listener::take_on(lock, options.everyone, last)?,
+            (None, None) => Listener::bind(lock, options.everyone)?,
         };
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(&listener.socket, EpollEvent::new(EpollFlags::EPOLLIN, LISTENER))?;
@@ -169,13 +182,17 @@ impl Server {
         Ok(server)
     }
 
-    fn run(&mut self, signals: &SignalFd) -> Result<(), ServeError> {
+    fn run(&mut self, signals: &SignalFd, tell: &dyn Fn(Phase)) -> Result<(), ServeError> {
         let mut events = vec![EpollEvent::empty(); 128];
+        let mut told = false;
         loop {
             let timeout = self.timeout(Instant::now());
             self.hear(&mut events, timeout, Some(signals))?;
             let now = Instant::now();
             self.look_after(now);
+            if self.stopping.is_some() && !std::mem::replace(&mut told, true) {
+                tell(Phase::Stopping);
+            }
             if self.may_exit(now) {
                 return Ok(());
             }
@@ -353,6 +370,7 @@ impl Server {
         if now.duration_since(self.last_second) >= Duration::from_secs(1) {
             self.last_second = now;
             self.users.tick();
+            self.start_keeper_again();
         }
         let greeting = |s: &&Session| matches!(s.stage, Stage::Greeting | Stage::Introducing);
         let late = |s: &&Session| now.duration_since(s.since) > GREETING_LIMIT;

@@ -24,10 +24,19 @@ impl Server {
                         segment.control.stop();
                     }
                 }
-                self.listener.unlink();
+                self.stop_listening();
                 self.end_all_lingers();
             }
         }
+    }
+
+    /// Nobody new comes in. Who knocks at the service manager's socket waits there for the next broker.
+    fn stop_listening(&mut self) {
+        if self.listener.is_given() {
+            let _ = self.epoll.delete(&self.listener.socket);
+            self.deaf = false;
+        }
+        self.listener.unlink();
     }
 
     pub(super) fn may_exit(&mut self, now: Instant) -> bool {

@@ -2,10 +2,13 @@
 
 pub mod bench;
 pub mod demo;
+pub mod doctor;
 pub mod extension;
+pub mod generate;
 mod linked;
 mod own_broker;
 mod processes;
+pub mod program;
 pub mod run;
 pub mod serve;
 pub mod status;

@@ -1,10 +1,11 @@
 //! `turnstile serve`: the broker.
 
-use std::io::IsTerminal;
+use std::io::{self, IsTerminal};
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::os::fd::{BorrowedFd, RawFd};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use turnstile::broker::{Limits, Options, raise_descriptor_limit, serve};
+use turnstile::broker::{Limits, Options, Phase, listens_at, raise_descriptor_limit, serve};
 use turnstile::client::{config, place};
 
 #[derive(clap::Args, Debug)]
@@ -76,9 +77,16 @@ pub fn run(args: ServeArgs) -> ExitCode {
         .with_target(false)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
-    let socket = match args.socket.map_or_else(place::default_socket, Ok) {
-        Ok(socket) => socket,
+    let activated = match activated(args.socket.as_deref()) {
+        Ok(activated) => activated,
         Err(e) => return fail(&e),
+    };
+    let (socket, activated) = match activated {
+        Some((socket, fd)) => (socket, Some(fd)),
+        None => match args.socket.map_or_else(place::default_socket, Ok) {
+            Ok(socket) => (socket, None),
+            Err(e) => return fail(&e),
+        },
     };
     let root = nix::unistd::geteuid().is_root();
     let everyone = args.everyone.unwrap_or(root);
@@ -102,11 +110,43 @@ pub fn run(args: ServeArgs) -> ExitCode {
         finder: Some(PathBuf::from("/proc/self/exe")),
         receiver: Some(PathBuf::from("/proc/self/exe")),
         replace: args.replace,
+        activated,
         ready: args.ready_fd,
     };
-    match serve(options) {
+    match serve(options, &tell_manager) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => fail(&e),
+    }
+}
+
+/// The one socket that a service manager has made (sd_listen_fds(3)), and where it listens; `socket`: where it must.
+fn activated(socket: Option<&Path>) -> io::Result<Option<(PathBuf, RawFd)>> {
+    let mut given = sd_notify::listen_fds()?;
+    let Some(fd) = given.next() else { return Ok(None) };
+    if given.next().is_some() {
+        return Err(io::Error::other("the service manager passes more than one socket"));
+    }
+    // SAFETY: the service manager says that it is open, and nothing closes it here.
+    let there = listens_at(unsafe { BorrowedFd::borrow_raw(fd) });
+    let there = there.map_err(|e| io::Error::new(e.kind(), format!("the service manager's socket: {e}")))?;
+    match socket.filter(|socket| *socket != there) {
+        Some(socket) => {
+            let (socket, there) = (socket.display(), there.display());
+            let what = format!("--socket {socket}, but the service manager's listens on {there}");
+            Err(io::Error::other(what))
+        }
+        None => Ok(Some((there, fd))),
+    }
+}
+
+/// To the service manager, if there is one (sd_notify(3)).
+fn tell_manager(phase: Phase) {
+    let state = match phase {
+        Phase::Listening => sd_notify::NotifyState::Ready,
+        Phase::Stopping => sd_notify::NotifyState::Stopping,
+    };
+    if let Err(e) = sd_notify::notify(&[state]) {
+        tracing::warn!("cannot tell the service manager: {e}");
     }
 }
 

@@ -127,9 +127,14 @@ fn launch(program: &Path, socket: &Path) -> io::Result<()> {
         c(b"--idle-exit")?,
         c(IDLE_EXIT.as_bytes())?,
     ];
-    // The host's environment, less what would bring the extension into the broker.
+    // The host's environment, less what would bring the extension into the broker, or have it speak to the host's
+    // service manager.
+    let own = |name: &[u8]| {
+        matches!(name, b"LD_PRELOAD" | b"NOTIFY_SOCKET" | b"LISTEN_FDS" | b"LISTEN_PID" | b"LISTEN_FDNAMES")
+            || name.starts_with(b"TURNSTILE_RUN")
+    };
     let environment = std::env::vars_os()
-        .filter(|(k, _)| k != "LD_PRELOAD" && !k.as_bytes().starts_with(b"TURNSTILE_RUN"))
+        .filter(|(k, _)| !own(k.as_bytes()))
         .map(|(k, v)| c(&[k.as_bytes(), b"=", v.as_bytes()].concat()))
         .collect::<io::Result<Vec<_>>>()?;
     spawn::daemon(&argv, &environment)

@@ -17,7 +17,7 @@ use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 use turnstile::segment::layout::LAYOUT_VERSION;
@@ -34,6 +34,8 @@ struct Keeper {
     broker: Option<OwnedFd>,
     /// Where the next one knocks, and the path of the broker's own socket.
     listener: Option<(OwnedFd, PathBuf)>,
+    /// The broker's socket is not for us to remove.
+    leave_socket: bool,
     /// Who has knocked and said nothing yet.
     visitors: Vec<OwnedFd>,
     store: Store,
@@ -51,8 +53,13 @@ pub fn run() -> ExitCode {
     if let Ok(null) = OpenOptions::new().read(true).open("/dev/null") {
         let _ = nix::unistd::dup2_stdin(null);
     }
-    let mut keeper =
-        Keeper { broker: Some(broker), listener: None, visitors: Vec::new(), store: Store::default() };
+    let mut keeper = Keeper {
+        broker: Some(broker),
+        listener: None,
+        leave_socket: false,
+        visitors: Vec::new(),
+        store: Store::default(),
+    };
     while keeper.round() {}
     keeper.unlink();
     ExitCode::SUCCESS
@@ -105,6 +112,7 @@ impl Keeper {
                     self.listener = packet.fds.into_iter().next().map(|fd| (fd, broker));
                 }
                 Ok(ToKeeper::Keep(kept)) => self.store.keep(kept, packet.fds),
+                Ok(ToKeeper::LeaveSocket) => self.leave_socket = true,
                 Ok(ToKeeper::GiveBack) | Err(_) => {}
             }
         }
@@ -174,8 +182,9 @@ impl Keeper {
         let lock = OpenOptions::new().write(true).custom_flags(libc::O_NOFOLLOW).open(suffixed(".lock"));
         let lock = lock.map(|file| Flock::lock(file, FlockArg::LockExclusiveNonblock));
         if let Ok(Ok(_lock)) = lock {
-            for path in [suffixed(".keeper").as_path(), broker as &Path] {
-                let _ = fs::remove_file(path);
+            let _ = fs::remove_file(suffixed(".keeper"));
+            if !self.leave_socket || turnstile::planted::planted("keeper-takes-the-socket") {
+                let _ = fs::remove_file(broker);
             }
         }
     }

@@ -161,6 +161,13 @@ pub fn stands(fd: impl AsFd) -> bool {
     }
 }
 
+/// The pid of a process with a lock of SQLite's on the database, seen through `fd`; 0 if it is of another pid namespace.
+pub fn plain_holder(fd: impl AsFd) -> Option<i32> {
+    let mut seen = flock(libc::F_WRLCK, DATABASE_BYTES);
+    fcntl(&fd, FcntlArg::F_GETLK(&mut seen)).ok()?;
+    (i32::from(seen.l_type) != libc::F_UNLCK && seen.l_pid != -1).then_some(seen.l_pid)
+}
+
 /// Whether `fd` is the description that carries the gate: an OFD lock stands there, and does not stand in the way
 /// of `fd`'s own.
 pub fn is_held_by(fd: impl AsFd) -> bool {

@@ -11,6 +11,7 @@ mod adopt;
 mod ahead;
 mod api;
 mod autocheckpoint;
+pub mod build;
 mod control;
 mod durable;
 pub mod entry;

@@ -101,6 +101,8 @@ pub enum ToKeeper {
     Keep(Kept),
     /// All that is kept, please: the sender is the broker from now on.
     GiveBack,
+    /// The broker's socket is the service manager's: it stays when keeper and broker have ended.
+    LeaveSocket,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]

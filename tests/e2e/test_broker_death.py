@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import resource
 import signal
 import socket
 import sqlite3
@@ -534,6 +535,26 @@ def test_a_keeper_that_dies_is_replaced_and_told_everything():
         db = create(broker.path("app.db"))
         with Other(db, broker) as member:
             kill_keeper(broker)
+            wait_until(lambda: keepers(broker), what="another keeper")
+            broker.kill()
+            broker.start()
+            c = connect(db, broker=broker, mode="gated")
+            assert len(broker.members(db)) == 2
+            member.says("INSERT INTO rows VALUES('m', 1)")
+            c.close()
+
+
+@fails_without("keeper-not-tried-again")
+def test_a_keeper_that_cannot_be_started_is_tried_again():
+    """The broker is out of descriptors for a moment, which is when keepers end."""
+    with Broker() as broker:
+        db = create(broker.path("app.db"))
+        with Other(db, broker) as member:
+            pid, before = broker.status()["broker"]["keeper"], resource.prlimit(broker.pid, resource.RLIMIT_NOFILE)
+            resource.prlimit(broker.pid, resource.RLIMIT_NOFILE, (3, before[1]))
+            os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: "no keeper: " in broker.log(), what="a keeper that cannot be started")
+            resource.prlimit(broker.pid, resource.RLIMIT_NOFILE, before)
             wait_until(lambda: keepers(broker), what="another keeper")
             broker.kill()
             broker.start()

@@ -106,15 +106,21 @@ fn executable(path: &Path) -> Result<(), Missing> {
     access(path, AccessFlags::X_OK).map_err(Missing::NotExecutable)
 }
 
-/// What stands in the way of preloading `library` into the program that `path` starts: the file itself, or the
-/// interpreter that it names. A file that cannot be read is given the benefit of the doubt.
+/// What stands in the way of preloading `library` into the program that `path` starts. A file that cannot be read is
+/// given the benefit of the doubt.
 pub fn obstacle(path: &Path, library: &Elf) -> Option<(PathBuf, Obstacle)> {
+    let (program, file, elf) = started(path)?;
+    judge(&elf, &program, &file, library).map(|o| (program, o))
+}
+
+/// The program that starts when `path` is executed: the file itself, or the interpreter that it names.
+pub fn started(path: &Path) -> Option<(PathBuf, File, Elf)> {
     let mut program = path.to_owned();
     for _ in 0..5 {
         // `binfmt_script` follows no deeper chain either.
         let file = open_regular(&program).ok()?;
         if let Ok(Some(elf)) = Elf::read(&file) {
-            return judge(&elf, &program, &file, library).map(|o| (program, o));
+            return Some((program, file, elf));
         }
         program = interpreter(&file)?;
     }
