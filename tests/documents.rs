@@ -116,9 +116,7 @@ fn every_failure_has_a_rule_whose_absence_is_noticed() {
             let noticed = row.tests.iter().any(|(file, test)| {
                 let text = text_of(file, test).unwrap_or_default();
                 // One of the rules of a Python test may be there only to make it show: "rule,no-fast-lane".
-                let decorated = text.contains(&format!("fails_without(\"{rule}"))
-                    || text.contains(&format!("rule({name}"));
-                decorated
+                text.contains(&format!("fails_without(\"{rule}")) || text.contains(&format!("rule({name}"))
             });
             assert!(noticed, "{}: no test is run without {rule}", row.failure);
         }
