@@ -1,5 +1,5 @@
-//! Compiles what must be C: `c/api.c` into every artifact, `c/preload.c` and `c/loading.c` into the extension alone (the program
-//! has a SQLite of its own, whose names the interposers would take).
+//! Compiles what must be C: `c/api.c` into every artifact, `c/preload.c`, `c/loading.c` and `c/files.c` into the extension
+//! alone (the program has a SQLite of its own, whose names the interposers would take).
 
 use std::env;
 use std::path::PathBuf;
@@ -12,7 +12,7 @@ fn main() {
     cc::Build::new().file("c/api.c").include(&sqlite).warnings(true).compile("turnstile_api");
 
     let mut preload = cc::Build::new();
-    preload.files(["c/preload.c", "c/loading.c"]).include(&sqlite).warnings(true).pic(true);
+    preload.files(["c/preload.c", "c/loading.c", "c/files.c"]).include(&sqlite).warnings(true).pic(true);
     if env::var_os("CARGO_FEATURE_PLANTED").is_some() {
         preload.define("TURNSTILE_PLANTED_BUILD", None);
     }

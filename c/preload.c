@@ -30,6 +30,7 @@
 
 struct sqlite3_api_routines;
 extern int turnstile_auto_init(sqlite3 *, char **, const struct sqlite3_api_routines *);
+extern void turnstile_report_files(void (*)(const char *kind, const char *text)); /* files.c */
 
 typedef int (*open_fn)(const char *, sqlite3 **);
 typedef int (*open_v2_fn)(const char *, sqlite3 **, int, const char *);
@@ -144,6 +145,8 @@ void turnstile_report_fact(const char *kind, const char *format, ...){
   report_line(&report, line);
   report_send(&report);
 }
+
+static void report_text(const char *kind, const char *text){ turnstile_report_fact(kind, "%s", text); }
 
 /* ------------------------------------------------------------ libraries: each is told of turnstile once */
 
@@ -346,7 +349,7 @@ static int count_loads(struct dl_phdr_info *info, size_t size, void *arg){
   return 1;
 }
 
-/* The address is copied now: programs overwrite their environment, to clean it or to set a title. */
+/* The address is copied now: programs overwrite their environment. */
 __attribute__((constructor))
 static void hello(void){
   const char *name = getenv("TURNSTILE_RUN_REPORT");
@@ -356,6 +359,7 @@ static void hello(void){
   n = readlink("/proc/self/exe", report_exe, sizeof(report_exe) - 1);
   report_exe[n<0 ? 0 : n] = 0;
   strcpy(report_name, name);
+  turnstile_report_files(report_text);
   report_objects("hello");
   errno = saved;
 }

@@ -6,6 +6,7 @@ pub mod broker;
 pub mod client;
 pub mod lock;
 pub mod planted;
+pub mod posix;
 pub mod segment;
 pub mod vfs;
 pub mod wire;

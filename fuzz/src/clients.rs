@@ -152,7 +152,6 @@ impl Bench {
             linger: Duration::ZERO,
             replace: false,
             activated: None,
-            activated: None,
             ready: None,
         };
         let rig = Rig::new(options).expect("a broker");

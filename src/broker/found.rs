@@ -135,15 +135,15 @@ impl Server {
             }
         };
         let found: Vec<_> = lost.map(|seat| (SeatKey { database: number, seat }, holder(seat))).collect();
-        for (key, holder) in found {
-            match holder {
-                Holder::Living(at) => self.seat_of_member(key, &members[at]),
-                Holder::Dead => {
-                    tracing::info!(database = number, seat = key.seat, "cleared: nobody who lives has it");
-                    self.remove_seat(key);
-                }
-                Holder::Unknown => {}
+        // First: a group of which nobody has come back is let go with the first seat that is cleared.
+        for (key, holder) in &found {
+            if let Holder::Living(at) = holder {
+                self.seat_of_member(*key, &members[*at]);
             }
+        }
+        for (key, _) in found.into_iter().filter(|(_, holder)| matches!(holder, Holder::Dead)) {
+            tracing::info!(database = number, seat = key.seat, "cleared: nobody who lives has it");
+            self.remove_seat(key);
         }
     }
 

@@ -38,6 +38,8 @@ pub struct Keeping {
     pid: i32,
     deaths: Vec<Instant>,
     given_up: bool,
+    /// It could not be started: out of descriptors, say. It is tried again.
+    failed: bool,
     /// How many changes it has been told of.
     told: u64,
 }
@@ -238,12 +240,15 @@ impl Server {
             return;
         }
         if let Err(e) = self.keeping.start(&program, &self.options.socket, &self.epoll) {
-            tracing::error!(
-                "no keeper: {e}; if the broker is killed, members must end before it can serve them again"
-            );
-            self.keeping.given_up = true;
+            if !self.keeping.failed {
+                tracing::error!(
+                    "no keeper: {e}; if the broker is killed meanwhile, members must end before it can serve them again"
+                );
+            }
+            self.keeping.failed = true;
             return;
         }
+        self.keeping.failed = false;
         if self.listener.is_given() {
             self.keeping.leave_socket();
         }
@@ -255,6 +260,13 @@ impl Server {
         }
         for (number, db) in &self.databases {
             self.keeping.database(*number, db);
+        }
+    }
+
+    /// Once a second: what could not be had then may be there now.
+    pub(super) fn start_keeper_again(&mut self) {
+        if self.keeping.failed && !planted("keeper-not-tried-again") {
+            self.start_keeper();
         }
     }
 

@@ -133,15 +133,18 @@ impl Server {
                 // It was killed, say.
                 _ => return self.end_search(),
             };
-            let mut fds = packet.fds.iter().map(|fd| fd.try_clone());
-            match packet.decode() {
+            let found = packet.decode();
+            let mut fds = packet.fds.into_iter();
+            match found {
                 Ok(Found::Member { pid, uid, program }) => {
-                    if let (Some(Ok(pidfd)), Some(Ok(liveness))) = (fds.next(), fds.next()) {
-                        running.findings.members.push(Member { pid, uid, program, pidfd, liveness });
-                    }
+                    // Whoever is not known at the end is dead: nobody may be left out.
+                    let (Some(pidfd), Some(liveness)) = (fds.next(), fds.next()) else {
+                        return self.end_search();
+                    };
+                    running.findings.members.push(Member { pid, uid, program, pidfd, liveness });
                 }
                 Ok(Found::Segment { nonce, uid }) => {
-                    if let (Some(Ok(a)), Some(Ok(b)), Some(Ok(c))) = (fds.next(), fds.next(), fds.next()) {
+                    if let (Some(a), Some(b), Some(c)) = (fds.next(), fds.next(), fds.next()) {
                         running.findings.segments.push((nonce, uid, [a, b, c]));
                     }
                 }

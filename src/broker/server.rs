@@ -370,6 +370,7 @@ impl Server {
         if now.duration_since(self.last_second) >= Duration::from_secs(1) {
             self.last_second = now;
             self.users.tick();
+            self.start_keeper_again();
         }
         let greeting = |s: &&Session| matches!(s.stage, Stage::Greeting | Stage::Introducing);
         let late = |s: &&Session| now.duration_since(s.since) > GREETING_LIMIT;

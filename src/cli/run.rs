@@ -39,8 +39,9 @@ const EXIT_NOT_FOUND: u8 = 127;
 /// Run a command with turnstile under its SQLite.
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = "\
-It works for programs whose SQLite is a shared library, and for everything they start. A static program, or one with \
-SQLite linked in, is told about: load the extension from such a program instead (see README).
+It works for programs whose SQLite is a shared library, for those that have SQLite linked in and use the system's C \
+library, and for everything they start. A static program is told about: load the extension from such a program \
+instead (see README).
 
   turnstile run -- python3 app.py
   turnstile run -- sh -c 'sqlite3 app.db < a.sql & sqlite3 app.db < b.sql & wait'

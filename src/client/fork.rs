@@ -231,10 +231,6 @@ pub struct PerProcess<T> {
 }
 
 impl<T: Default> PerProcess<T> {
-    pub const fn new() -> PerProcess<T> {
-        PerProcess { current: AtomicPtr::new(ptr::null_mut()) }
-    }
-
     pub fn get(&'static self) -> &'static T {
         self.get_from(|_| T::default())
     }
@@ -247,6 +243,10 @@ impl<T: Default> Default for PerProcess<T> {
 }
 
 impl<T> PerProcess<T> {
+    pub const fn new() -> PerProcess<T> {
+        PerProcess { current: AtomicPtr::new(ptr::null_mut()) }
+    }
+
     /// The value; `make` is given the parent's, if there was one.
     pub fn get_from(&'static self, make: impl Fn(Option<&'static T>) -> T) -> &'static T {
         let epoch = epoch();

@@ -2,7 +2,7 @@
 //! way, without a system call.
 
 use super::fork;
-use super::member::Outcome;
+use super::member::{Member, Outcome};
 use super::session::Session;
 use super::shared::Shared;
 use crate::lock::park::Parking;
@@ -40,15 +40,23 @@ pub struct FastLane {
     own: Own,
 }
 
+/// What is done around each sleep of a wait: it is given the sleep, and calls it.
+pub type Around<'a> = &'a dyn Fn(&dyn Fn());
+
 /// Futexes, and for a seat that the broker waits for, a message.
 struct Futexes<'a> {
     session: &'a Session,
     database: u32,
+    around: Option<Around<'a>>,
 }
 
 impl Parking for Futexes<'_> {
     fn park(&self, seat: &SeatWords, state: u32, limit: Duration) {
-        futex::wait(&seat.park, state, limit);
+        let sleep = || futex::wait(&seat.park, state, limit);
+        match self.around {
+            Some(around) => around(&sleep),
+            None => sleep(),
+        }
     }
 
     fn wake(&self, table: Table<'_>, seat: SeatId) {
@@ -82,6 +90,10 @@ impl FastLane {
         self.own.hurries.set(hurries);
     }
 
+    pub fn longer(&self, micros: u64) {
+        self.own.longer.set(micros);
+    }
+
     /// `None`: the segment's layout is another version's, or read-only.
     pub fn new(shared: &Arc<Shared>, key: SeatKey) -> Option<FastLane> {
         shared.table()?.seat(key.seat)?;
@@ -90,7 +102,18 @@ impl FastLane {
 
     /// Runs `body` as this seat. `None` cannot be: the table was there at the beginning.
     pub fn with<T>(&self, session: &Session, connection: u64, body: impl FnOnce(&Seat) -> T) -> Option<T> {
-        let parking = Futexes { session, database: self.key.database };
+        self.with_around(session, connection, None, body)
+    }
+
+    /// The same; somebody else may use the seat while it sleeps, and `around` sees to it that it is one at a time.
+    pub fn with_around<T>(
+        &self,
+        session: &Session,
+        connection: u64,
+        around: Option<Around>,
+        body: impl FnOnce(&Seat) -> T,
+    ) -> Option<T> {
+        let parking = Futexes { session, database: self.key.database, around };
         let table = self.shared.table()?;
         let thread = thread_id() as u32;
         Some(body(&Seat { table, id: self.key.seat, own: &self.own, parking: &parking, thread, connection }))
@@ -100,6 +123,27 @@ impl FastLane {
     /// milliseconds. `tell`: the wait is a long one.
     pub fn wait(&self, seat: &Seat, ask: Ask, give_up: impl FnMut() -> bool, tell: impl Fn()) -> Outcome {
         wait(seat, ask, give_up, tell)
+    }
+}
+
+impl Member {
+    /// Its streaks may be so many microseconds longer than others'.
+    pub fn streaks_longer(&self, micros: u64) {
+        if let Some(fast) = &self.fast {
+            fast.longer(micros);
+        }
+    }
+
+    /// As [`Member::lock`] on the fast lane. Meanwhile other threads may use this seat; `around` sees to it that they do
+    /// so one at a time.
+    pub fn lock_around(&self, ask: Ask, around: Around, give_up: impl FnMut() -> bool) -> Verdict {
+        let Some(fast) = &self.fast else { return Verdict::Busy };
+        let tell = || {
+            let _ = self.say(&ToBroker::Waiting { seat: self.joined.seat }, &[]);
+        };
+        let wait = |seat: &Seat| fast.wait(seat, ask, give_up, tell);
+        let outcome = fast.with_around(self.session(), self.connection.get(), Some(around), wait);
+        outcome.map_or(Verdict::Busy, |o| o.verdict)
     }
 }
 

@@ -118,8 +118,12 @@ impl Member {
         let mut segments = lock(&connected.segments);
         // Tries the next broker, if this one is gone.
         let lost = connected.session.is_lost();
+        let (seat, count) = (self.joined.seat, self.joined.count);
         if lost {
             self.leave_without_broker();
+        } else if !connected.session.has(seat, count) {
+            // The broker does not know whose it is, and clears what nobody uses.
+            self.with_seat(|_, seat| seat.table.close_own(seat.id, count));
         }
         let late = self.shared.clone().filter(|_| planted("late-close-of-gate"));
         if self.shared().is_some_and(|s| s.keeps_descriptors()) {
@@ -128,15 +132,10 @@ impl Member {
         if lost {
             self.unclaim();
             connected.forget();
-        } else if self.say_leave().is_err() {
-            if connected.session.is_lost() {
-                connected.forget();
-                // It has ended with our message unread.
-                self.leave_without_broker();
-            } else {
-                // The broker does not know whose it is, and clears what nobody uses.
-                self.with_seat(|_, seat| seat.table.close_own(seat.id, self.joined.count));
-            }
+        } else if self.say_leave().is_err() && connected.session.is_lost() {
+            connected.forget();
+            // It has ended with our message unread.
+            self.leave_without_broker();
         }
         self.unmap();
         segments.retain(|_, shared| shared.strong_count() > 0);

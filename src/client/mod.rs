@@ -7,12 +7,14 @@
 //! * [`config`]: environment and URI parameters. [`place`]: which broker socket.
 //! * [`session`]: this process and a broker, for all threads; [`link`]: one socket of it. [`greeting`] and `reconnect`: how
 //!   they come about. [`autostart`] and [`spawn`]: starting a broker.
-//! * [`joining`]: taking a seat. [`leaving`] and [`resting`]: what becomes of it when its connection is closed.
+//! * [`claim`] and [`joining`]: taking a seat. [`leaving`] and [`resting`]: what becomes of it when its connection is closed.
 //! * [`member`]: a seat and what it can ask for. [`shared`]: a database's segment as this process maps it.
+//! * [`repair`]: after a failed sync. [`served`]: which of this process's SQLite libraries have the VFS.
 //! * [`activity`]: this process's own connections. [`fork`]: what a forked child must not touch. [`host`]: descriptors that are not ours alone.
 
 pub mod activity;
 pub mod autostart;
+pub mod claim;
 pub mod config;
 pub mod fork;
 pub mod greeting;
@@ -24,7 +26,9 @@ pub mod link;
 pub mod member;
 pub mod place;
 mod reconnect;
+pub mod repair;
 pub mod resting;
+pub mod served;
 pub mod session;
 pub mod shared;
 pub mod spawn;
@@ -41,6 +45,12 @@ pub enum JoinError {
     /// The session broke.
     #[error("the broker is gone")]
     Lost,
+    /// Two worlds would write one file.
+    #[error(
+        "the broker's lock on it is not seen from here (an overlay's upper directory, another kernel, a second \
+         mount): two worlds would write one file"
+    )]
+    Unseen,
     #[error("{0}")]
     Io(#[from] std::io::Error),
 }

@@ -208,6 +208,13 @@ impl Shared {
         Ok(unsafe { map.as_mut_ptr().add(offset) })
     }
 
+    /// Another descriptor of the wal-index, for SQLite to take for its `-shm` file.
+    pub fn wal_index_copy(&self) -> io::Result<OwnedFd> {
+        let _low = LowDescriptors::occupy()?;
+        let fd = self.wal_index_fd.get().ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))?;
+        fd.try_clone_to_owned()
+    }
+
     /// The wal-index's head.
     pub fn wal_index(&self) -> Option<WalIndex> {
         // SAFETY: the first region stays mapped as long as self, whom the value does not outlive.

@@ -29,6 +29,8 @@ const PATIENCE: Duration = Duration::from_secs(1);
 const EACH_USER: Duration = Duration::from_millis(200);
 /// `PROC_PID_INIT_INO`, linux/proc_ns.h: in this pid namespace every process is seen.
 const FIRST_PID_NAMESPACE: &str = "pid:[4026531836]";
+/// There it is the system's first process, nobody's member; it may not let even root look.
+const INIT: i32 = 1;
 
 struct Finder {
     broker: OwnedFd,
@@ -75,6 +77,11 @@ fn processor_time() -> Duration {
     clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
+/// The process has ended.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
+}
+
 impl Finder {
     fn say(&self, found: &Found, fds: &[&OwnedFd]) -> io::Result<()> {
         let raw: Vec<_> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
@@ -83,11 +90,21 @@ impl Finder {
 
     fn look_everywhere(&mut self) -> io::Result<()> {
         let own = [std::process::id() as i32, nix::unistd::getppid().as_raw()];
-        let numbers = fs::read_dir("/proc")?.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok());
+        let entries = fs::read_dir("/proc")?.collect::<io::Result<Vec<_>>>()?;
+        let numbers = entries.iter().filter_map(|e| e.file_name().to_str()?.parse().ok());
         for pid in numbers.filter(|pid| !own.contains(pid)) {
             let begun = processor_time();
-            // Gone again, if it cannot be told.
-            let Some((uid, program)) = taken::who(pid) else { continue };
+            let (uid, program) = match taken::who(pid) {
+                Ok(who) if !who.headless => (who.uid, who.program),
+                Ok(_) => {
+                    self.complete = false;
+                    continue;
+                }
+                Err(e) => {
+                    self.complete &= is_gone(&e);
+                    continue;
+                }
+            };
             let spent = self.spent.get(&uid).copied().unwrap_or_default();
             if self.limited(uid, spent) || self.search.passed_over.contains(&uid) {
                 self.complete = false;
@@ -96,8 +113,7 @@ impl Finder {
             match self.table_of(pid, uid) {
                 Ok(table) if table.segments.is_empty() => {}
                 Ok(table) => self.take_from(pid, uid, program, &table)?,
-                Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => {}
-                Err(_) => self.complete = false,
+                Err(e) => self.complete &= pid == INIT || is_gone(&e),
             }
             *self.spent.entry(uid).or_default() += processor_time().saturating_sub(begun);
         }
@@ -119,7 +135,13 @@ impl Finder {
             }
             let number = entry.file_name().to_str().and_then(|n| n.parse().ok());
             // Closed again since.
-            let (Some(number), Ok(link)) = (number, fs::read_link(entry.path())) else { continue };
+            let (number, link) = match (number, fs::read_link(entry.path())) {
+                (Some(number), Ok(link)) => (number, link),
+                (_, link) => {
+                    self.complete &= pid == INIT || link.is_err_and(|e| is_gone(&e));
+                    continue;
+                }
+            };
             let Some(link) = link.to_str() else { continue };
             if let Some(name) = Name::of_link(link).filter(|n| n.place == self.search.place) {
                 table.segments.push((number, name));

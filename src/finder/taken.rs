@@ -5,6 +5,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::sys::stat::fstat;
 use std::fs;
+use std::io;
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use turnstile::planted::planted;
@@ -12,12 +13,25 @@ use turnstile::segment::layout::LIVENESS_SIZE;
 use turnstile::segment::names::Name;
 use turnstile::segment::{hold, liveness, memfd};
 
-/// Effective uid and program, as `/proc` says.
-pub fn who(pid: i32) -> Option<(u32, String)> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+/// As `/proc` says.
+pub struct Who {
+    /// Effective.
+    pub uid: u32,
+    pub program: String,
+    /// Its first thread has ended, others live: their descriptors are not shown by its number.
+    pub headless: bool,
+}
+
+pub fn who(pid: i32) -> io::Result<Who> {
+    // A name may be any bytes.
+    let status = fs::read(format!("/proc/{pid}/status"))?;
+    let status = String::from_utf8_lossy(&status);
     let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
-    let uid = field("Uid:")?.split_whitespace().nth(1)?.parse().ok()?;
-    Some((uid, field("Name:")?.trim().to_owned()))
+    let uid = field("Uid:").and_then(|line| line.split_whitespace().nth(1)?.parse().ok());
+    let uid = uid.ok_or(io::ErrorKind::InvalidData)?;
+    let word = |name: &str| field(name).unwrap_or_default().trim().to_owned();
+    let headless = word("State:").starts_with('Z') && word("Threads:") != "1" && !planted("headless-is-dead");
+    Ok(Who { uid, program: word("Name:"), headless })
 }
 
 /// A process that cannot become another one.

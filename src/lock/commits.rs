@@ -173,6 +173,14 @@ impl<'a> Commits<'a> {
         counted && end == Place { generation: self.generation(), length }
     }
 
+    /// What lies in front of this place in the WAL, as it is now, is on the disk.
+    pub fn has_synced_to(&self, length: u64) -> bool {
+        let durable = self.durable();
+        let end = Place::from_word(self.place(durable)[1].load(SeqCst));
+        let whole = durable != 0 && self.newest() - durable.min(self.newest()) < COMMITS as u64 - 1;
+        whole && end.generation == self.generation() && length <= end.length
+    }
+
     /// A commit is being made that is not counted here. To be called under WRITE.
     pub fn lose_count(&self) {
         self.issued().salts.store(0, SeqCst);

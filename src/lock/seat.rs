@@ -25,6 +25,9 @@ pub struct Own {
     /// Its commits wait for a sync outside the turn: it takes no streak, and looks a while for the turn before it
     /// stands in the line.
     pub hurries: Cell<bool>,
+    /// So many microseconds longer than usual may its streak be: its transactions are long, because each makes its sync
+    /// in its turn, and a change of writers after each would cost a wake-up for each.
+    pub longer: Cell<u64>,
     in_line: Cell<bool>,
     asleep: Cell<bool>,
     /// When the streak began, in microseconds; 0: there is none.
@@ -151,7 +154,8 @@ impl<'a> Seat<'a> {
         if self.own.streak_since.get() == 0 {
             self.own.streak_since.set(now);
         }
-        match now.saturating_sub(self.own.streak_since.get()) {
+        let longer = self.own.longer.get();
+        match now.saturating_sub(self.own.streak_since.get()).saturating_sub(longer) {
             0..LEAST_STREAK_MICROS => Streak::Young,
             LEAST_STREAK_MICROS..STREAK_MICROS => Streak::Old,
             _ => Streak::Over,
@@ -229,7 +233,9 @@ impl<'a> Seat<'a> {
             Attempt::Wait { .. } => {
                 // PENDING stays with a RESERVED holder (as in unixLock: its busy handler retries with it and new
                 // readers stay out) and goes back from a hot-journal roller.
-                if self.table.reserved() != Some(self.id) && self.table.release_file_write(self.id) {
+                // What waits for something else may have taken them for another thread (a seat of a whole process).
+                let asked = matches!(ask.request, Request::File { .. });
+                if asked && self.table.reserved() != Some(self.id) && self.table.release_file_write(self.id) {
                     self.wake_sleepers();
                 }
                 Verdict::Busy

@@ -8,6 +8,7 @@ use super::open::{delete, open};
 use super::waiting::sleep;
 use crate::client::autostart::own_path;
 use crate::client::config::Config;
+use crate::client::served;
 use crate::planted::planted;
 use libsqlite3_sys as ffi;
 use std::ffi::{CStr, c_char, c_int, c_void};
@@ -147,6 +148,9 @@ fn register(api: super::api::Routines) -> Result<&'static Library, String> {
     vfs.xOpen = Some(open);
     vfs.xDelete = Some(delete);
     vfs.xSleep = Some(sleep);
+    if let Some(open) = original.xOpen {
+        served::serve(open as usize);
+    }
     let library = Library::new(api, unix, original, vfs).publish();
     let make_default = c_int::from(std::ptr::eq(unix, default));
     // SAFETY: `library` lives for ever; SQLite only links its vfs into a list. The unix VFS is the library's

@@ -1,14 +1,14 @@
 // A client in Node: the package better-sqlite3, with a SQLite of its own linked in. NODE_MODULES says where the
 // package is. See README.md.
 import { createRequire } from 'node:module';
-import { path, worker, extension, work } from './common.mjs';
+import { path, worker, extension, timeout, work } from './common.mjs';
 
 const require = createRequire(process.env.NODE_MODULES + '/');
 const Database = require('better-sqlite3');
 
-const first = new Database(path, { timeout: 0 });
+const first = new Database(path, { timeout });
 if (extension) first.loadExtension(extension);
-const second = new Database(path, { timeout: 0 });
+const second = new Database(path, { timeout });
 const both = [first, second];
 
 // Every statement stays referenced to the end: one that is collected without a context entered aborts the process, now

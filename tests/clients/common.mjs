@@ -3,6 +3,7 @@ import fs from 'node:fs';
 
 export const [path, worker, rows, record] = process.argv.slice(2);
 export const extension = process.env.TURNSTILE_EXTENSION;
+export const timeout = Number(process.env.WORKER_TIMEOUT ?? 0);
 const end = Date.now() + 1000 * Number(process.env.WORKER_SECONDS ?? 60);
 
 const isBusy = (e) => /locked/.test(e.message);

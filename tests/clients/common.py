@@ -7,6 +7,7 @@ import time
 
 path, worker, rows, record = sys.argv[1:5]
 extension = os.environ.get("TURNSTILE_EXTENSION")
+timeout = int(os.environ.get("WORKER_TIMEOUT", "0"))  # milliseconds
 
 
 class Connection:
@@ -40,7 +41,7 @@ def of_module(module):
     """The two connections of a module with the interface of the standard library's `sqlite3`."""
     both = []
     for load in (extension, None):
-        db = module.connect(path, timeout=0, isolation_level=None)
+        db = module.connect(path, timeout=timeout / 1000, isolation_level=None)
         if load:
             db.enable_load_extension(True)
             db.load_extension(load)

@@ -1,10 +1,10 @@
 // A client in Node: `node:sqlite`, whose SQLite is part of the node binary. See README.md.
 import { DatabaseSync } from 'node:sqlite';
-import { path, worker, extension, work } from './common.mjs';
+import { path, worker, extension, timeout, work } from './common.mjs';
 
-const first = new DatabaseSync(path, { allowExtension: true, timeout: 0 });
+const first = new DatabaseSync(path, { allowExtension: true, timeout });
 if (extension) first.loadExtension(extension);
-const second = new DatabaseSync(path, { timeout: 0 });
+const second = new DatabaseSync(path, { timeout });
 const both = [first, second];
 
 const status = both.map((db) => Object.values(db.prepare('PRAGMA turnstile_status').get() ?? {})[0] ?? null);

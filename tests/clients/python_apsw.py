@@ -2,11 +2,12 @@
 
 import apsw
 
-from common import Connection, extension, path, work
+from common import Connection, extension, path, timeout, work
 
 
 def connect(load):
     db = apsw.Connection(path)
+    db.set_busy_timeout(timeout)
     if load:
         db.enable_load_extension(True)
         db.load_extension(load)

@@ -43,8 +43,9 @@ fn main() -> Result<(), Failure> {
         load(&first, &extension)?;
     }
     let mut second = Connection::open(path)?;
+    let timeout = std::env::var("WORKER_TIMEOUT").ok().and_then(|s| s.parse().ok()).unwrap_or(0);
     for db in [&first, &second] {
-        db.busy_timeout(Duration::ZERO)?; // rusqlite sets five seconds by itself
+        db.busy_timeout(Duration::from_millis(timeout))?; // rusqlite sets five seconds by itself
     }
     let states = [status(&first), status(&second)];
     println!("ready");

@@ -135,6 +135,8 @@ class Sidecar(HostBroker):
 class Engine:
     """What podman and bubblewrap have in common."""
 
+    why = None  # it is not podman
+
     def __init__(self, broker):
         self.broker = broker
         self.prefix = f"{os.path.basename(broker.dir).replace('_', 'x')}-"
@@ -223,6 +225,7 @@ class Bubblewrap(Engine):
 
     name = "bubblewrap"
     env = None
+    why = "TURNSTILE_CONTAINERS asks for them"
 
     def __init__(self, broker):
         super().__init__(broker)
@@ -231,7 +234,7 @@ class Bubblewrap(Engine):
     def command(self, name, words, data="rw", user=None, subuids=None, memory=None, pid_of=None, sockets=True):
         for what, asked in (("a range of uids", subuids), ("a limit of memory", memory), ("a pid namespace", pid_of)):
             if asked:
-                raise Skip(f"without podman a container cannot be given {what}")
+                raise Skip(f"containers are bubblewrap's here and cannot be given {what}; {self.why}")
         options = ["--clearenv", "--setenv", "PATH", "/usr/bin"]
         for variable, value in self.environment().items():
             options += ["--setenv", variable, value]
@@ -268,11 +271,13 @@ def engine_for(broker):
         if wanted in (None, kind.name):
             try:
                 engine = kind(broker)
-                print(f"containers: {kind.name}", file=sys.stderr)
-                return engine
             except (AssertionError, OSError) as e:
-                why.append(f"{kind.name} does not run here: {e}")
-                print(why[-1], file=sys.stderr)
+                why.append(f"{kind.name} does not run: {harness.tail(str(e), 1)}")
+                print(f"{kind.name} does not run: {e}", file=sys.stderr)
+                continue
+            print(f"containers: {kind.name}", file=sys.stderr)
+            engine.why = "; ".join(why) or engine.why
+            return engine
     raise Skip("; ".join(why))
 
 

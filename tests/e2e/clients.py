@@ -152,7 +152,9 @@ class Clients(Programs):
         for name, kind, way, db in jobs:
             wrapper = [harness.bin(), "run", "--"] if way == RUN else []
             command = [*wrapper, *KINDS[kind].command(), db, name, str(rows), record_of(db)]
-            self._start(name, command, environment(broker, way))
+            # Without a busy handler there is no sleep in which such a one could wait.
+            waits = {"WORKER_TIMEOUT": "20000"} if KINDS[kind].linked and way == RUN else {}
+            self._start(name, command, {**environment(broker, way), **waits})
 
     def said(self, name):
         """What the client, or the wrapper, said on its standard error."""

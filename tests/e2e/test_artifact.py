@@ -8,7 +8,11 @@ import subprocess
 from harness import PYTHON, Broker, connect, create, fails_without, lib, plain, run
 
 EXPORTS = {"sqlite3_turnstile_init", "turnstile_auto_init", "sqlite3_open", "sqlite3_open_v2", "sqlite3_open16",
-           "dlopen", "dlmopen"}
+           "dlopen", "dlmopen", "turnstile_files",
+           "open", "open64", "close", "dup2", "dup3", "close_range", "closefrom", "fcntl",
+           "fcntl64", "read", "write", "pread", "pread64", "pwrite", "pwrite64", "ftruncate",
+           "ftruncate64", "posix_fallocate", "posix_fallocate64", "fchown", "fchmod", "unlink",
+           "mmap", "mmap64", "munmap", "usleep", "nanosleep"}
 
 
 def symbols(*options):

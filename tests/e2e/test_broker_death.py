@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import resource
 import signal
 import socket
 import sqlite3
@@ -20,16 +21,20 @@ KILLS = int(os.environ.get("KILLS", "12"))
 
 # --- processes ------------------------------------------------------------------------------------------------
 
-def keepers(broker):
-    """Pids of the keepers of this broker's socket, whoever started them."""
+def processes_of(broker, name):
+    """Pids of what brokers of this socket have started under this name, whichever of them did."""
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
             with open(f"/proc/{pid}/comm") as comm, open(f"/proc/{pid}/environ", "rb") as environ:
                 ours = f"TURNSTILE_SOCKET={broker.socket}".encode() in environ.read().split(b"\0")
-                if comm.read() == "turnstile-keep\n" and ours:
+                if comm.read() == name + "\n" and ours:
                     found.append(int(pid))
     return found
+
+
+def keepers(broker):
+    return processes_of(broker, "turnstile-keep")
 
 
 def kill_keeper(broker):
@@ -269,6 +274,9 @@ for line in sys.stdin:
             db.close()
         elif line == "again\\n":
             db = harness.connect(sys.argv[2])
+        elif line == "nameless\\n":
+            with open("/proc/self/comm", "wb") as f:
+                f.write(bytes([255, 254]))
         elif line == "more\\n":
             more = harness.connect(sys.argv[2])
         else:
@@ -526,6 +534,26 @@ def test_a_keeper_that_dies_is_replaced_and_told_everything():
         db = create(broker.path("app.db"))
         with Other(db, broker) as member:
             kill_keeper(broker)
+            wait_until(lambda: keepers(broker), what="another keeper")
+            broker.kill()
+            broker.start()
+            c = connect(db, broker=broker, mode="gated")
+            assert len(broker.members(db)) == 2
+            member.says("INSERT INTO rows VALUES('m', 1)")
+            c.close()
+
+
+@fails_without("keeper-not-tried-again")
+def test_a_keeper_that_cannot_be_started_is_tried_again():
+    """The broker is out of descriptors for a moment, which is when keepers end."""
+    with Broker() as broker:
+        db = create(broker.path("app.db"))
+        with Other(db, broker) as member:
+            pid, before = broker.status()["broker"]["keeper"], resource.prlimit(broker.pid, resource.RLIMIT_NOFILE)
+            resource.prlimit(broker.pid, resource.RLIMIT_NOFILE, (3, before[1]))
+            os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: "no keeper: " in broker.log(), what="a keeper that cannot be started")
+            resource.prlimit(broker.pid, resource.RLIMIT_NOFILE, before)
             wait_until(lambda: keepers(broker), what="another keeper")
             broker.kill()
             broker.start()

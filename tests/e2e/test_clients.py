@@ -7,7 +7,7 @@ import os
 import tempfile
 
 from client_table import WORKS, alone, cells, check_member, check_result, claimed, page, table_of
-from clients import EXTENSION, KINDS, RUN, Clients, record_of
+from clients import KINDS, RUN, Clients, record_of
 from harness import Broker, Skip, check_rows, create, timeout
 
 

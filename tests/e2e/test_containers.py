@@ -69,8 +69,10 @@ def test_readers_open_what_a_writer_container_left():
 def test_two_writers_and_a_reader_in_a_loop_of_a_compose_file():
     """Programs that are started again and again, with the broker in a container of its own (compose.yaml)."""
     with HostBroker() as broker, containers(broker) as engine:
-        if not isinstance(engine, Podman) or not shutil.which("podman-compose"):
-            raise Skip("podman or podman-compose is missing")
+        if not isinstance(engine, Podman):
+            raise Skip(f"containers are bubblewrap's here; {engine.why}")
+        if not shutil.which("podman-compose"):
+            raise Skip("podman-compose is missing: run tests/install")
         broker.stop()
         db = broker.database_for_all()
         env = {**engine.env, "IMAGE": engine.image, "DATA": broker.data, "SOCKETS": broker.sockets}

@@ -6,6 +6,7 @@ import os
 import struct
 
 from harness import Broker, Skip, bin, create, fails_without, run, timeout, wait_until
+from test_broker_death import processes_of
 from test_foreign import STRANGER, as_user, root_only
 from test_gate import REFUSED
 from test_hostile import LOG, STATUS, Hostile, descriptors, join, text, varint, victim
@@ -122,15 +123,6 @@ def refusal(broker):
     return done.stdout + done.stderr
 
 
-def processes(name):
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/comm") as f:
-            if f.read() == name + "\n":
-                found.append(int(pid))
-    return found
-
-
 @fails_without("foreign-descriptors-closed", message="in vain|timed out|did not|still running")
 @timeout(60)
 def test_a_broker_that_was_sent_such_a_file_ends_and_comes_again():
@@ -138,7 +130,7 @@ def test_a_broker_that_was_sent_such_a_file_ends_and_comes_again():
     root_only()
     with Broker("--everyone", "yes") as broker:
         db = create(broker.path("app.db"))
-        with never_answers(broker.path("fuse")) as (evil, stop):
+        with fuse_mounted(broker.path("fuse"), serve_fuse, STRANGER) as (evil, stop):
             def send():
                 fd, directory = os.open(evil, os.O_RDWR), os.open(os.path.dirname(evil), os.O_PATH)
                 hostile = Hostile(broker)
@@ -157,7 +149,7 @@ def test_a_broker_that_was_sent_such_a_file_ends_and_comes_again():
                 with Hostile(broker) as another:
                     another.s.settimeout(5)
                     another.joined(db)
-        wait_until(lambda: not processes("turnstile-recv"), what="its receiver's end")
+        wait_until(lambda: not processes_of(broker, "turnstile-recv"), what="its receiver's end")
 
 
 @fails_without("stacked-is-local")

@@ -23,6 +23,8 @@ def test_members_that_have_nothing_to_say_are_found():
         db = create(broker.path("app.db"))
         other = create(broker.path("other.db"))
         with Other(db, broker) as one, Other(db, broker) as two, Other(other, broker) as third:
+            for member in (one, two, third):  # names may be any bytes
+                member.says("nameless")
             one.says("INSERT INTO rows VALUES('one', 1)")
             before = {m["seat"]: m["pid"] for m in broker.members(db)}
             kill_both(broker)
@@ -53,7 +55,7 @@ def test_members_that_have_nothing_to_say_are_found():
 
 @fails_without("dead-seats-stay")
 def test_who_died_after_broker_and_keeper_is_cleared():
-    with Broker(env={"TURNSTILE_WAIT": "3s"}) as broker:
+    with Broker() as broker:
         db = create(broker.path("app.db"))
         with Other(db, broker) as holder, Other(db, broker) as idle:
             holder.says("BEGIN IMMEDIATE")
@@ -62,10 +64,61 @@ def test_who_died_after_broker_and_keeper_is_cleared():
             holder.kill()
             broker.start()
             c = connect(db, broker=broker, mode="gated")
+            c.execute("PRAGMA busy_timeout=3000")
             c.execute("INSERT INTO rows VALUES('kept', 1)")
             assert c.execute("SELECT worker FROM rows").fetchall() == [("kept",)]
             idle.says("INSERT INTO rows VALUES('idle', 1)")
             c.close()
+
+
+HEADLESS = """
+import ctypes, sys, threading
+sys.path.insert(0, sys.argv[1])
+import harness
+db = harness.connect(sys.argv[2], check_same_thread=False)
+db.execute("BEGIN IMMEDIATE")
+db.execute("INSERT INTO rows VALUES('headless', 1)")
+
+def go_on():
+    for line in sys.stdin:
+        db.execute(line)
+        print("done", flush=True)
+
+threading.Thread(target=go_on).start()
+print("done", flush=True)
+ctypes.CDLL(None).syscall(60, 0)  # exit(2): this thread alone
+"""
+
+
+@fails_without("headless-is-dead")
+def test_a_process_whose_first_thread_has_ended_is_not_dead():
+    """Its table of descriptors is not where others' are."""
+    with Broker() as broker:
+        db = create(broker.path("app.db"))
+        member = subprocess.Popen([PYTHON, "-c", HEADLESS, harness.HERE, db], env=broker.env, text=True,
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        try:
+            assert member.stdout.readline() == "done\n"
+            with Other(db, broker):
+                kill_both(broker)
+                broker.start()
+                c = connect(db, broker=broker, mode="gated")
+                c.execute("PRAGMA busy_timeout=300")
+                try:
+                    c.execute("INSERT INTO rows VALUES('c', 1)")
+                    raise AssertionError("it wrote in the middle of another one's transaction")
+                except sqlite3.OperationalError as e:
+                    assert "locked" in str(e), e
+                member.stdin.write("COMMIT\n")
+                member.stdin.flush()
+                assert member.stdout.readline() == "done\n"
+                assert c.execute("SELECT worker FROM rows").fetchall() == [("headless",)]
+                c.close()
+        finally:
+            member.kill()
+            member.wait(10)
+            member.stdin.close()
+            member.stdout.close()
 
 
 @fails_without("members-not-looked-for")
@@ -85,7 +138,6 @@ def test_seats_at_rest_keep_nobody_out_when_broker_keeper_and_member_are_killed(
 
 
 @timeout(240)
-@fails_without("members-not-looked-for")
 def test_broker_and_keeper_killed_under_load():
     """No transaction of a member fails, nothing acknowledged is lost, and newcomers are in at once."""
     with Broker() as broker:

@@ -54,6 +54,18 @@ int probe(const char *path){
 """
 MAIN_C = "int probe(const char *); int main(int c, char **v){ return probe(v[1]); }\n"
 
+# Locks without the C library, as a SQLite that makes its own system calls: nothing can be interposed.
+RAW_C = r"""
+#include <stdarg.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+static long raw(int fd, int command, va_list args){ return syscall(SYS_fcntl, fd, command, va_arg(args, void *)); }
+#define FCNTL(name) __attribute__((visibility("hidden"))) int name(int fd, int command, ...){ \
+  va_list args; va_start(args, command); long rc = raw(fd, command, args); va_end(args); return (int)rc; }
+FCNTL(fcntl)
+FCNTL(fcntl64)
+"""
+
 # Loads each plugin RTLD_LOCAL, and calls it from four threads at once.
 LOADER_C = r"""
 #include <dlfcn.h>
@@ -285,7 +297,7 @@ print(open(b":memory:", ctypes.byref(db)), db.value)
 
 def test_sqlite_linked_into_a_program_is_named():
     with directory() as d:
-        program = build(d, "hidden", [PROBE_C, MAIN_C], bundled_sqlite(d), "-lm", "-pthread")
+        program = build(d, "hidden", [PROBE_C, MAIN_C, RAW_C], bundled_sqlite(d), "-lm", "-pthread")
         done = run(wrapped(program, os.path.join(d, "app.db")), env=env_of())
         assert done.stdout.endswith("plain\n"), done
         assert done.stderr.count("has SQLite linked in") == 1 and program in done.stderr, done.stderr
@@ -295,7 +307,7 @@ def test_sqlite_linked_into_a_program_is_named():
 def test_sqlite_linked_into_a_module_is_named():
     """Found at the end of the program that loaded it, also by a name that was relative then."""
     with directory() as d:
-        build(d, "module.so", [PROBE_C], "-shared", bundled_sqlite(d), "-lm", "-Wl,-Bsymbolic")
+        build(d, "module.so", [PROBE_C, RAW_C], "-shared", bundled_sqlite(d), "-lm", "-Wl,-Bsymbolic")
         loader = build(d, "loader", [LOADER_C], "-pthread")
         done = run(wrapped(loader, os.path.join(d, "app.db"), "./module.so"), env=env_of(), cwd=d)
         assert "plain" in done.stdout, done
@@ -304,7 +316,7 @@ def test_sqlite_linked_into_a_module_is_named():
 
 def test_sqlite_loaded_by_a_long_running_program_is_named_while_it_runs():
     with directory() as d:
-        module = build(d, "module.so", [PROBE_C], "-shared", bundled_sqlite(d), "-lm", "-Wl,-Bsymbolic")
+        module = build(d, "module.so", [PROBE_C, RAW_C], "-shared", bundled_sqlite(d), "-lm", "-Wl,-Bsymbolic")
         code = "import ctypes, sys; ctypes.CDLL(sys.argv[1]); sys.stdin.read()"
         with subprocess.Popen(wrapped(PYTHON, "-c", code, module), env=env_of(), stdin=subprocess.PIPE,
                               stderr=subprocess.PIPE) as p:

@@ -81,6 +81,9 @@ pub fn look(command: &[OsString], findings: &mut Findings) {
     }
 }
 
+const LINKED_IN: &str = "it has SQLite linked in: under `turnstile run` it waits for its turn in its busy handler, so give it a \
+                         busy timeout, and its commits share no sync";
+
 /// By `turnstile run`, or by loading the extension.
 fn reach(path: &Path, program: &Program, known: Option<&Known>, findings: &mut Findings) {
     let linked_in = program.sqlite == Sqlite::LinkedIn || known.is_some_and(|k| k.library.is_none());
@@ -94,13 +97,13 @@ fn reach(path: &Path, program: &Program, known: Option<&Known>, findings: &mut F
         }
         None if linked_in && loads => findings.warning(
             "command-linked-in",
-            "it has SQLite linked in, where `turnstile run` may not reach it",
-            "load the extension on its first connection (README, \"Use it\")",
+            LINKED_IN,
+            "better: load the extension on its first connection (README, \"Use it\")",
         ),
         None if linked_in => findings.warning(
             "command-linked-in",
-            "it has SQLite linked in, where `turnstile run` may not reach it",
-            "load the extension from it if it can, or build it against the shared libsqlite3",
+            LINKED_IN,
+            "better: load the extension from it if it can, or build it against the shared libsqlite3",
         ),
         None if known.is_some() => findings.ok("command-reached", "`turnstile run` reaches its SQLite"),
         None if matches!(program.kind, Kind::Static | Kind::StaticGo) => {}

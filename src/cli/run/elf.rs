@@ -165,23 +165,40 @@ impl Elf {
     /// How it defines or uses `sqlite3_open`, `sqlite3_open_v2` and `sqlite3_open16`.
     pub fn open_symbols(&self, file: &File) -> io::Result<OpenSymbols> {
         let mut found = OpenSymbols::default();
-        let Some(symbols) = self.sections.iter().find(|s| s.kind == SHT_DYNSYM) else { return Ok(found) };
+        self.each_symbol(file, |name, undefined| {
+            let Some(rest) = name.strip_prefix(b"sqlite3_open") else { return };
+            if [&b""[..], b"_v2", b"16"].contains(&rest) {
+                found.defined |= !undefined;
+                found.undefined |= undefined;
+            }
+        })?;
+        Ok(found)
+    }
+
+    /// It calls another object's function of one of these names.
+    pub fn calls(&self, file: &File, names: &[&str]) -> io::Result<bool> {
+        let mut found = false;
+        self.each_symbol(file, |name, undefined| {
+            found |= undefined && names.iter().any(|n| n.as_bytes() == name);
+        })?;
+        Ok(found)
+    }
+
+    /// Its dynamic symbols: their names, and whether they are another object's.
+    fn each_symbol(&self, file: &File, mut seen: impl FnMut(&[u8], bool)) -> io::Result<()> {
+        let Some(symbols) = self.sections.iter().find(|s| s.kind == SHT_DYNSYM) else { return Ok(()) };
         let names = self.sections.get(symbols.link as usize).ok_or_else(malformed)?;
         let names = table(file, names.offset, names.size)?;
         // Elf64_Sym: name, info, other, shndx, value, size. Elf32_Sym: name, value, size, info, other, shndx.
         let (size, section_at) = if self.machine.wide { (24, 6) } else { (16, 14) };
         for symbol in table(file, symbols.offset, symbols.size)?.chunks_exact(size) {
             let name = self.machine.number_at(symbol, 0, 4)? as usize;
-            let Some(rest) = names.get(name..).and_then(|n| n.strip_prefix(b"sqlite3_open")) else {
-                continue;
-            };
-            if [&b"\0"[..], b"_v2\0", b"16\0"].iter().any(|end| rest.starts_with(end)) {
-                let undefined = self.machine.number_at(symbol, section_at, 2)? == 0;
-                found.defined |= !undefined;
-                found.undefined |= undefined;
+            let name = names.get(name..).and_then(|n| n.split(|b| *b == 0).next());
+            if let Some(name) = name {
+                seen(name, self.machine.number_at(symbol, section_at, 2)? == 0);
             }
         }
-        Ok(found)
+        Ok(())
     }
 
     /// Where constants such as strings lie: the sections for them, or all that is loaded if the file has lost

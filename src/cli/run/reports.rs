@@ -9,6 +9,7 @@
 //! | `hello` | the objects that a process started with |
 //! | `loaded` | the same at its end, when more had been loaded |
 //! | `attached` | a SQLite library that knows turnstile now |
+//! | `lane` | a database that is brokered through the C library, its SQLite being hidden |
 //! | `apart` | an object that is about to be loaded into a namespace of its own, where interposers do not get |
 //! | `unreached` | an object, and why its SQLite was not reached |
 //!
@@ -159,6 +160,9 @@ impl Reports {
             "attached" if self.verbose => {
                 lines.for_each(|path| self.say(format_args!("process {pid} ({exe}): its SQLite is {path}")));
             }
+            "lane" if self.verbose => lines.for_each(|path| {
+                self.say(format_args!("process {pid} ({exe}): {path} is brokered through the C library"));
+            }),
             "apart" => lines.for_each(|name| self.judge_apart(name)),
             "unreached" => lines.for_each(|why| self.say(format_args!("not reached: {why}"))),
             _ => {}
@@ -204,7 +208,10 @@ impl Reports {
         // What cannot be read (gone, in another mount namespace) is passed over.
         let Ok(file) = open_regular(path) else { return };
         let Ok(meta) = file.metadata() else { return };
-        if self.files.insert((meta.dev(), meta.ino())) && hides_sqlite(&file).unwrap_or(false) {
+        if self.files.insert((meta.dev(), meta.ino()))
+            && hides_sqlite(&file).unwrap_or(false)
+            && !asks_for_locks(&file).unwrap_or(false)
+        {
             let library = self.library.display().to_string();
             self.say(format_args!(
                 "{} has SQLite linked in, where it cannot be reached: databases that it opens are opened without \
@@ -244,6 +251,11 @@ impl AsFd for Reports {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
+}
+
+/// It calls the C library's locks by the dynamic linker: what a SQLite in it asks of the C library is answered.
+fn asks_for_locks(file: &std::fs::File) -> io::Result<bool> {
+    Elf::read(file)?.map_or(Ok(false), |elf| elf.calls(file, &["fcntl", "fcntl64"]))
 }
 
 /// Whether the file has a SQLite of its own whose `sqlite3_open*` are called without the dynamic linker.

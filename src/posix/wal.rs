@@ -1,0 +1,164 @@
+//! What the durable commits of others need: members that load the extension publish a commit before its sync, which
+//! several share (`lock::commits`). SQLite that is linked in syncs its own, under WRITE. So:
+//!
+//! * who takes WRITE waits until nothing is pending, and what follows is not counted: a sync that fails later cuts the
+//!   WAL back to what is published, not to what was counted;
+//! * no frame is read that is not on the disk, and so none is copied by a checkpoint.
+
+use super::database::{Database, Seat};
+use super::locks;
+use super::table::{self, Kind};
+use crate::client::repair::Finder;
+use crate::lock::commits::Awaited;
+use crate::planted::planted;
+use crate::segment::wal_index::WalIndex;
+use nix::sys::stat::fstat;
+use nix::unistd::{fdatasync, fsync, ftruncate};
+use std::cell::Cell;
+use std::os::fd::{BorrowedFd, RawFd};
+use std::time::{Duration, Instant};
+
+/// How long others' sync is waited for where the WAL's descriptor is not known, so that none can be made here.
+const SYNC_PATIENCE: Duration = Duration::from_secs(1);
+
+/// The WAL as a seat knows it.
+#[derive(Debug)]
+pub struct Wal {
+    fd: Cell<RawFd>,
+    /// The newest commit that may be in the snapshot.
+    snapshot: Cell<Option<Awaited>>,
+}
+
+impl Default for Wal {
+    fn default() -> Wal {
+        Wal { fd: Cell::new(-1), snapshot: Cell::new(None) }
+    }
+}
+
+impl Wal {
+    pub fn opened(&self, fd: RawFd) {
+        self.fd.set(fd);
+    }
+
+    pub fn closed(&self, fd: RawFd) {
+        if self.fd.get() == fd {
+            self.fd.set(-1);
+        }
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        // SAFETY: SQLite's own, which `closed` takes away before it is closed.
+        (self.fd.get() >= 0).then(|| unsafe { BorrowedFd::borrow_raw(self.fd.get()) })
+    }
+
+    pub fn note_snapshot(&self, seat: &Seat) {
+        self.snapshot.set(seat.commits().map(|c| c.latest()));
+    }
+}
+
+/// False: a sync has failed, and its commits cannot be taken back now.
+pub fn may_take_snapshot(seat: &Seat, database: &Database) -> bool {
+    !seat.commits().is_some_and(|c| c.has_failed()) || repair(seat, database)
+}
+
+/// Frames may follow those that are there.
+fn may_append(seat: &Seat) -> bool {
+    !seat.commits().is_some_and(|c| c.has_failed())
+}
+
+fn repair(seat: &Seat, database: &Database) -> bool {
+    let Some(wal) = seat.wal.descriptor() else { return false };
+    let cut = |length| ftruncate(wal, length as i64).map_err(|e| e as i32);
+    let (member, owned, index) = (&seat.member, seat.exclusive.get(), seat.index.get());
+    // The application's SQLite has no log for us; the broker is told.
+    Finder { member, owned, index, path: &database.path.to_string_lossy(), cut: &cut, log: &|_| {} }.repair()
+}
+
+/// WRITE has been taken. False: what is pending does not become durable.
+pub fn begins_to_write(seat: &Seat) -> bool {
+    let settled = settle_all(seat);
+    if let Some(commits) = seat.commits().filter(|_| settled && !planted("lane-commits-uncounted")) {
+        commits.lose_count();
+    }
+    settled
+}
+
+/// Every commit that is published is on the disk.
+fn settle_all(seat: &Seat) -> bool {
+    let Some(commits) = seat.commits() else { return false };
+    if commits.has_failed() {
+        return false;
+    }
+    commits.pending().is_none_or(|awaited| settle(seat, awaited))
+}
+
+fn settle(seat: &Seat, awaited: Awaited) -> bool {
+    let Some(commits) = seat.commits() else { return false };
+    if let Some(wal) = seat.wal.descriptor() {
+        return commits.wait(awaited, || fdatasync(wal).is_ok());
+    }
+    let begun = Instant::now();
+    while commits.durable() < awaited.number {
+        if commits.has_failed() || begun.elapsed() >= SYNC_PATIENCE {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    !commits.is_lost(awaited)
+}
+
+/// The wal-index is being opened, and nobody else has it open: it is recovered from the WAL. After a database has lingered
+/// (`vfs/last_close.rs`) the WAL is dropped if somebody has written to the file since. False: an I/O error.
+pub fn found_alone(seat: &Seat, database: &Database, index: WalIndex) -> bool {
+    let shared = seat.member.shared();
+    let Some((table, words)) = shared.and_then(|s| s.table().zip(s.checkpoint())) else { return false };
+    let whole = table.is_complete(words, index);
+    table.forget_copied();
+    if whole {
+        let Some(file) = table::descriptor_of(database) else { return false };
+        // SAFETY: SQLite's own, open while SQLite is in a call.
+        let file = unsafe { BorrowedFd::borrow_raw(file) };
+        let Ok(st) = fstat(file) else { return false };
+        if !words.is_as_left(&st) {
+            let Some(wal) = seat.wal.descriptor() else { return false };
+            if fsync(file).is_err() || ftruncate(wal, 0).is_err() {
+                return false;
+            }
+        }
+    }
+    index.invalidate();
+    true
+}
+
+/// A read that ends at `end` (not known: anywhere) is about to be made, or a write.
+pub fn may_go_on(fd: RawFd, end: Option<u64>, writes: bool) -> bool {
+    let Some(known) = table::find(fd) else {
+        // Inherited over a fork: nothing of the parent's is changed.
+        return !writes || !table::was_inherited(fd) || planted("childs-files");
+    };
+    let done = known.database.with(|seat| {
+        if !seat.member.is_whole() {
+            return false;
+        }
+        match known.kind {
+            Kind::Database if !writes => locks::no_hot_journal(seat),
+            Kind::Wal if writes => return may_append(seat),
+            Kind::Wal => return is_durable(seat, end),
+            _ => {}
+        }
+        true
+    });
+    done.unwrap_or(true)
+}
+
+fn is_durable(seat: &Seat, end: Option<u64>) -> bool {
+    let Some(commits) = seat.commits() else { return true };
+    if seat.wal.snapshot.get().is_some_and(|s| commits.is_lost(s)) {
+        return false;
+    }
+    match commits.pending() {
+        _ if planted("lane-reads-before-sync") => true,
+        Some(awaited) if !end.is_some_and(|end| commits.has_synced_to(end)) => settle(seat, awaited),
+        _ => true,
+    }
+}
