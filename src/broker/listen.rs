@@ -34,7 +34,7 @@ pub struct Lock {
 #[derive(Debug)]
 pub struct Listener {
     pub socket: OwnedFd,
-    /// There was another broker's socket, which had not been removed.
+    /// There was another broker's socket, which had not been removed, or may have been.
     pub replaced: bool,
     lock: Lock,
     /// It is the service manager's, and stays.
@@ -124,7 +124,7 @@ impl Listener {
         // Again: who connects from now on is told that this process listens, not the service manager (unix(7),
         // SO_PEERCRED), and that is whom `--replace` signals.
         listen(&socket, backlog()).map_err(|e| error(e.into()))?;
-        Ok(Listener { socket, replaced: false, lock, given: true })
+        Ok(Listener { socket, replaced: true, lock, given: true })
     }
 
     pub fn is_given(&self) -> bool {
