@@ -231,10 +231,11 @@ impl<'a> Seat<'a> {
         match self.attempt(Ask { ahead: false, ..ask }) {
             Attempt::Done(verdict) => verdict,
             Attempt::Wait { .. } => {
-                // PENDING stays with a RESERVED holder (as in unixLock: its busy handler retries with it and new
-                // readers stay out) and goes back from a hot-journal roller.
-                // What waits for something else may have taken them for another thread (a seat of a whole process).
-                let asked = matches!(ask.request, Request::File { .. });
+                // PENDING stays with a RESERVED holder (as in unixLock: its busy handler retries with it and new readers
+                // stay out) and goes back from a hot-journal roller. It is not given up with what another thread waits
+                // for, where the seat is a whole process's.
+                let asked =
+                    matches!(ask.request, Request::File { .. }) || planted("any-wait-gives-the-file-up");
                 if asked && self.table.reserved() != Some(self.id) && self.table.release_file_write(self.id) {
                     self.wake_sleepers();
                 }

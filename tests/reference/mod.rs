@@ -124,8 +124,10 @@ impl Locks {
         match self.attempt(seat, Ask { ahead: false, ..ask }, None) {
             Attempt::Done(verdict) => Some(verdict),
             Attempt::Wait { .. } => {
-                // PENDING stays with a RESERVED holder and goes back from a hot-journal roller.
-                if self.table.reserved != Some(seat) {
+                // PENDING stays with a RESERVED holder and goes back from a hot-journal roller. It is not given up with what
+                // another thread of a seat that is a whole process waits for.
+                let asked = matches!(ask.request, Request::File { .. });
+                if asked && self.table.reserved != Some(seat) {
                     self.table.release_file_write(seat);
                 }
                 Some(Verdict::Busy)

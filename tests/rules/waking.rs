@@ -1,6 +1,6 @@
 //! Who sleeps is woken, and nobody is woken for nothing.
 
-use crate::lanes::{Bench, Lanes, always, granted, seats, slots};
+use crate::lanes::{Bench, Lanes, always, granted, rule, seats, slots};
 use turnstile::lock::rules::Attempt;
 use turnstile::lock::{Ask, FileLevel, Release, Request, Slots, Verdict, slot};
 use turnstile::segment::atomic::SeqCst;
@@ -123,5 +123,18 @@ fn a_snapshot_that_is_checked_keeps_checkpoints_out() {
         assert!(granted(b.ask(1, Request::ShmShared(slots(slot::CHECKPOINT)), false)));
         assert_eq!(b.exclusive(2, slots(slot::CHECKPOINT)), Some(Verdict::Busy));
         assert_eq!(b.table().slot_owner(slot::CHECKPOINT), None);
+    });
+}
+
+#[test]
+fn a_file_lock_is_not_given_up_with_what_another_thread_waits_for() {
+    rule("any-wait-gives-the-file-up", |b| {
+        assert!(granted(b.read(1, true)));
+        b.shared(2);
+        assert!(granted(b.file(2, FileLevel::Exclusive)));
+        let request = Request::ShmExclusive { slots: slots(slot::WRITE), blocking: true };
+        assert_eq!(b.submit(2, Ask { request, ahead: false }), None);
+        assert_eq!(b.give_up(2), Some(Verdict::Busy));
+        assert_eq!(b.table().exclusive(), Some(2));
     });
 }
