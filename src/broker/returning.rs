@@ -216,6 +216,9 @@ impl Server {
         if db.seats.is_empty() || db.seats.values().any(|s| s.session != NOBODY) {
             return false;
         }
+        if self.searching.looks_for(number) {
+            return false;
+        }
         // Who has just handed it back says next which seats are its own.
         if self.sessions.values().any(|s| s.proven.contains(&number)) && !planted("abandoned-before-claimed")
         {

@@ -10,7 +10,9 @@ use crate::wire::socket;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use std::collections::BTreeSet;
 use std::io;
+use std::mem;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -29,6 +31,8 @@ const MOST_LEAVING: usize = 8;
 pub struct Searching {
     running: Option<Running>,
     leaving: Vec<Child>,
+    /// Databases of which nobody has come back, as far as was known.
+    unclaimed: BTreeSet<u32>,
     last: Option<Instant>,
     begun: u64,
     ended: u64,
@@ -69,6 +73,14 @@ impl Searching {
     /// The number of the search that begins next, or `None`: too many are on their way out.
     pub fn next(&self) -> Option<u64> {
         (self.leaving.len() < MOST_LEAVING).then_some(self.begun + 1)
+    }
+
+    /// Whether the members of a database that nobody claims are being looked for: then it is looked at again at the end.
+    pub fn looks_for(&mut self, database: u32) -> bool {
+        if self.running.is_some() {
+            self.unclaimed.insert(database);
+        }
+        self.running.is_some()
     }
 
     pub fn has_ended(&self, search: u64) -> bool {
@@ -172,6 +184,9 @@ impl Server {
     fn end_search(&mut self) {
         if let Some(findings) = self.searching.end(&self.epoll) {
             self.take_found(findings);
+            for number in mem::take(&mut self.searching.unclaimed) {
+                self.abandon_if_unclaimed(number);
+            }
         }
     }
 }

@@ -71,7 +71,7 @@ impl MainFile {
     /// Nothing of what the transaction reads gets out yet.
     pub fn keeps_to_itself(&mut self) -> bool {
         let file = std::ptr::from_mut(self);
-        self.begun.silent && !self.note().is_some_and(|note| note.settles_elsewhere(file))
+        self.begun.silent && self.own_note().is_some_and(|note| !note.settles_elsewhere(file))
     }
 
     /// The transaction asks for the write lock.

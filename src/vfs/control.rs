@@ -11,10 +11,26 @@ use crate::wire::message::{Mode, Role};
 use libsqlite3_sys as ffi;
 use serde::Serialize;
 use std::ffi::{CStr, c_char, c_int, c_void};
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 /// `SQLITE_FCNTL_EXTERNAL_READER`, sqlite3.h.
 const FCNTL_EXTERNAL_READER: c_int = 40;
+
+/// A connection is being opened on a b-tree that others have open (a shared cache). SQLite says so without the b-tree's
+/// mutex, so others may be in calls of the file: its state is not touched.
+///
+/// # Safety
+/// An open file of ours.
+pub unsafe fn joins_shared_cache(file: *mut ffi::sqlite3_file, db: *mut *mut ffi::sqlite3) -> bool {
+    // SAFETY: by contract.
+    let Kind::Main(main) = (unsafe { &Wrapped::of(file).kind }) else { return false };
+    let joins = matches!(main.connection, Connection::Current(at) if at == db);
+    if joins {
+        main.shared_cache.store(true, Relaxed);
+    }
+    joins
+}
 
 pub fn file_control(file: *mut ffi::sqlite3_file, w: &mut Wrapped, op: c_int, arg: *mut c_void) -> c_int {
     if let Kind::Main(main) = &mut w.kind {

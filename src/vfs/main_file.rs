@@ -20,6 +20,7 @@ use libsqlite3_sys as ffi;
 use std::ffi::{c_char, c_int};
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 /// Who answers for this file's locks.
 #[derive(Debug)]
@@ -96,6 +97,9 @@ pub struct MainFile {
     /// The wal-index header of the last snapshot, where the segment does not tell what is durable.
     pub last_header: Option<Header>,
     pub(super) vain: Option<Vain>,
+    /// Several connections have it open as one (a shared cache): no connection's note leads here, because another one's
+    /// thread may be in a call of this file.
+    pub shared_cache: AtomicBool,
     /// The connection's note, and whose it is.
     note: (usize, Option<Arc<Note>>),
 }
@@ -151,6 +155,7 @@ impl MainFile {
             seen_in_turn: false,
             last_header: None,
             vain: None,
+            shared_cache: AtomicBool::new(false),
             note: (0, None),
         }
     }
@@ -220,9 +225,17 @@ impl MainFile {
         let db = self.db();
         if self.note.0 != db as usize {
             self.leave_note();
+            if let Some(note) = &self.note.1 {
+                note.set_settling(std::ptr::from_ref(self).cast_mut(), false);
+            }
             self.note = (db as usize, (!db.is_null()).then(|| Note::of(self.library, db)));
         }
         self.note.1.as_deref()
+    }
+
+    /// The note, if it may lead to this file.
+    pub(super) fn own_note(&mut self) -> Option<&Note> {
+        if self.shared_cache.load(Relaxed) { None } else { self.note() }
     }
 
     /// What has been known of the connection when it last mattered.
@@ -247,7 +260,7 @@ impl MainFile {
     /// The turn here was taken ahead.
     pub fn note_ahead(&mut self) {
         let file = std::ptr::from_mut(self);
-        if let Some(note) = self.note() {
+        if let Some(note) = self.own_note() {
             note.set_ahead(file);
         }
     }
@@ -263,7 +276,7 @@ impl MainFile {
     pub fn settles_at_rows(&mut self, at_rows: bool) {
         let file = std::ptr::from_mut(self);
         // Not `note()` to take it back: the file may be closing, and its connection not to be asked any more.
-        let note = if at_rows { self.note() } else { self.note.1.as_deref() };
+        let note = if at_rows { self.own_note() } else { self.note.1.as_deref() };
         if let Some(note) = note {
             note.set_settling(file, at_rows);
         }

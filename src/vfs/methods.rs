@@ -5,6 +5,7 @@ use super::main_file::{MainFile, Service};
 use super::wrapped::{Kind, Wrapped};
 use super::{control, locks, open, shm, timeouts, wal};
 use crate::lock::FileLevel;
+use crate::planted::planted;
 use crate::wire::message::Role;
 use libsqlite3_sys as ffi;
 use std::ffi::{c_int, c_void};
@@ -274,6 +275,16 @@ unsafe extern "C" fn file_control(file: File, op: c_int, arg: *mut c_void) -> c_
             unsafe { control::before_pragma(file, arg.cast()) };
             ffi::SQLITE_OK
         });
+    }
+    if op == ffi::SQLITE_FCNTL_PDB && !planted("pdb-asks-the-note") {
+        // SAFETY: sqlite3.h: with this operation the argument is the address of a pointer to the connection. The file is
+        // open, and what is read and set here may be read and set while others use it.
+        let joins = unsafe { control::joins_shared_cache(file, arg.cast()) };
+        if joins {
+            return guarded(ffi::SQLITE_ERROR, || {
+                real!(state(file), xFileControl, ffi::SQLITE_NOTFOUND, file, op, arg)
+            });
+        }
     }
     call(file, ffi::SQLITE_ERROR, |w| control::file_control(file, w, op, arg))
 }

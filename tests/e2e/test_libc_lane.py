@@ -72,9 +72,8 @@ def alone(kind):
             with Hidden({kind: kind}, db, rows, broker) as programs:
                 programs.ready()
                 programs.go()
-                wait_until(lambda: os.path.exists(broker.record), what="a first row")
-                assert broker.members(db), f"{journal}: the broker knows no member of the client's database"
                 check(programs.wait(), rows)
+            assert 'name="app.db"' in broker.log() and 'mode="gated"' in broker.log(), f"{journal}: it was no member"
             assert check_rows(db, broker.record) == rows
 
 

@@ -202,7 +202,7 @@ def test_a_backup_that_is_renamed_over_it_is_what_plain_clients_find():
             assert plain(db, "PRAGMA integrity_check") == [["ok"]]
 
 
-@fails_without("name-not-looked-at,replaced-file-lingers")
+@fails_without("name-not-looked-at,replaced-file-lingers", attempts=5)
 def test_a_member_of_a_file_that_was_renamed_over_it_finds_no_wal_of_the_other():
     with Broker("--linger", "20s") as broker:
         db, old = made(broker), broker.path("old.db")

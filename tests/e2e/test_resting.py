@@ -401,7 +401,7 @@ def opening(w):
             seq += 1
 
 
-@fails_without("abandoned-before-claimed")
+@fails_without("abandoned-before-claimed,members-not-looked-for")
 def test_a_seat_that_rests_is_still_its_own_when_its_process_hands_the_database_back():
     """Broker and keeper are gone. Between handing back and saying which seats it has, nobody else's word counts."""
     with Broker() as broker:
