@@ -1,5 +1,5 @@
 """Runs the end-to-end tests: one at a time, each in a process of its own with a hard limit. Those that mostly wait
-(`harness.waits`) are run beside the others, by another process of this program.
+(`harness.waits`, or all of a file: `WAITS`) are run beside the others, by another process of this program.
 
 Collects the functions `test_*` (and methods of `unittest.TestCase`s) of `tests/e2e/test_*.py`, prints a line per
 test, the output of those that fail, and what was skipped and why. `--summary FILE` writes the counts as JSON.
@@ -34,6 +34,7 @@ def tests_of(path):
     found = []
     for name, value in vars(module).items():
         if inspect.isfunction(value) and name.startswith("test_") and value.__module__ == module.__name__:
+            value.waits = getattr(value, "waits", False) or getattr(module, "WAITS", False)
             found.append((name, value))
         elif inspect.isclass(value) and issubclass(value, unittest.TestCase) and value.__module__ == module.__name__:
             for method in unittest.TestLoader().getTestCaseNames(value):

@@ -12,6 +12,8 @@ sys.path.insert(0, os.path.join(harness.ROOT, "tests", "apps"))
 
 from applications import ALL  # noqa: E402 (its directory comes first)
 
+WAITS = True
+
 SECONDS = 1.0
 
 

@@ -22,6 +22,8 @@ ROUNDS = int(os.environ.get("ROUNDS", "2"))
 
 from engine import SOCKET, Containers, HostBroker, Podman, Sidecar, containers  # noqa: E402
 
+WAITS = True
+
 
 def grown(broker, what, rows=50, timeout=30):
     """Waits until that many more rows have been acknowledged."""

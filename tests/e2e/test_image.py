@@ -13,6 +13,8 @@ from harness import ROOT, Broker, Skip, plain, run, slow, timeout, wait_until, w
 sys.path.insert(0, os.path.join(ROOT, "tests", "containers"))
 from engine import FILES, ROOTFS, Podman, containers  # noqa: E402
 
+WAITS = True
+
 PACKAGING = os.path.join(ROOT, "packaging")
 # What the Dockerfile runs beside what the tests' containers have.
 TOOLS = ("make", "install", "sed", "strip", "rm", "mv", "mkdir", "ldconfig")
