@@ -10,6 +10,7 @@ use std::time::Duration;
 use super::findings::Findings;
 use super::versions;
 use crate::cli::extension;
+use crate::cli::libc::Libc;
 use crate::cli::program::{Kind, Program, Sqlite, output_within};
 use crate::cli::run::elf::Elf;
 use crate::cli::run::inspect;
@@ -87,7 +88,17 @@ const LINKED_IN: &str = "it has SQLite linked in: under `turnstile run` it waits
 /// By `turnstile run`, or by loading the extension.
 fn reach(path: &Path, program: &Program, known: Option<&Known>, findings: &mut Findings) {
     let linked_in = program.sqlite == Sqlite::LinkedIn || known.is_some_and(|k| k.library.is_none());
-    let library = extension::find().ok().and_then(|library| Elf::read(&File::open(library).ok()?).ok()?);
+    let libc = inspect::libc_of(path);
+    let library = match extension::find(libc) {
+        Err(why) if libc == Some(Libc::Musl) => {
+            let what = format!(
+                "`turnstile run` does not reach {}: it runs on musl, and there is {why}",
+                program.path.display()
+            );
+            return findings.problem("command-unreached", what, "docs/installing.md says how that is had");
+        }
+        found => found.ok().and_then(|library| Elf::read(&File::open(library).ok()?).ok()?),
+    };
     let obstacle = library.and_then(|library| inspect::obstacle(path, &library));
     let loads = known.is_some_and(|known| known.loads_extensions);
     match obstacle {

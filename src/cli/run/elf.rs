@@ -147,15 +147,6 @@ impl Elf {
         self.sections.iter().any(|s| s.name == ".note.go.buildid" || s.name == ".go.buildinfo")
     }
 
-    /// Runs on musl's dynamic linker, or is a library for it. Its C library is called `libc.so` upstream and
-    /// `libc.musl-*.so.1` in Alpine; glibc's `libc.so.6`.
-    pub fn is_musl(&self) -> bool {
-        match &self.interpreter {
-            Some(path) => path.to_string_lossy().contains("ld-musl"),
-            None => self.needed.iter().any(|n| n == "libc.so" || n.starts_with("libc.musl-")),
-        }
-    }
-
     /// The content of the section of this name.
     pub fn section(&self, file: &File, name: &str) -> io::Result<Option<Vec<u8>>> {
         let found = self.sections.iter().find(|s| s.name == name && s.kind != SHT_NOBITS);
