@@ -17,7 +17,7 @@ import tempfile
 
 import harness
 from harness import (CACHE, CLIENTS, PYTHON, ROOT, SHELL, Broker, PlainShell, Programs, Skip, check_rows,
-                     create, plain, plain_env, run, wait_until)
+                     create, plain, plain_env, run, wait_until, waits)
 
 sys.path.insert(0, os.path.join(ROOT, "tests", "containers"))
 from engine import SOCKET, HostBroker  # noqa: E402
@@ -189,12 +189,22 @@ def test_sqlite_linked_into_a_program_is_brokered_through_musl():
 
 
 def test_threads_with_small_stacks():
-    """musl gives a thread 128 KiB, SQLite and turnstile together."""
+    """musl gives a thread 128 KiB, for SQLite and turnstile together; these have less."""
     for program in ("threads", "threads-linked"):
         with HostBroker() as broker:
             db = broker.database_for_all()
             run(inside(broker, ["turnstile", "run", "--", program, "/data/app.db", "8", "20"]))
             assert plain(db, "SELECT count(*), count(DISTINCT worker) FROM rows", retry=10) == [["160", "8"]], program
+
+
+@waits  # SQLite's hundred tries of a lock on -shm, in the child that has it linked in
+def test_a_child_that_is_forked_in_a_transaction_changes_nothing():
+    for program in ("forked", "forked-linked"):
+        with HostBroker() as broker:
+            db = broker.database_for_all()
+            done = run(inside(broker, ["turnstile", "run", "--", program, "/data/app.db"]), timeout=100)
+            assert done.stdout == "refused read\n", (program, done)
+            assert plain(db, "SELECT * FROM rows", retry=10) == [["parent", "1"], ["parent", "2"]], program
 
 
 # --- with the other C library ---------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-/* Threads with musl's own small stacks (128 KiB), each with a connection of its own: opens it, writes so many rows, by
+/* Threads with stacks of 32 KiB, a quarter of what musl gives them, each with a connection of its own: opens it, writes so many rows, by
 ** autocommit and in transactions, and closes it. `threads DATABASE THREADS ROWS`. */
 #include <pthread.h>
 #include <sqlite3.h>
@@ -26,12 +26,14 @@ static void *work(void *number) {
 
 int main(int argc, char **argv) {
     pthread_t threads[16];
+    pthread_attr_t small;
     int count = argc == 4 ? atoi(argv[2]) : 0, failed = 0;
     if (count < 1 || count > 16) return 2;
+    if (pthread_attr_init(&small) || pthread_attr_setstacksize(&small, 32 << 10)) return 3;
     path = argv[1];
     rows = atoi(argv[3]);
     for (long i = 0; i < count; i++) {
-        if (pthread_create(&threads[i], NULL, work, (void *)i)) return 3;
+        if (pthread_create(&threads[i], &small, work, (void *)i)) return 3;
     }
     for (int i = 0; i < count; i++) {
         void *result;
