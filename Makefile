@@ -59,11 +59,11 @@ ifeq ($(BUILD),yes)
 	    { echo "Rust has no library for it: rustup target add $(MUSL_TARGET)" >&2; exit 1; }
 	$(MUSL_VARIABLE)_LINKER=$(MUSL_CC) $(MUSL_VARIABLE)_RUSTFLAGS="-C target-feature=-crt-static" \
 	    $(CARGO) build --release --lib --bins --target $(MUSL_TARGET) --target-dir $(dir $(TARGET))
-endif
 	mkdir -p $(TARGET)
 	cp -f $(MUSL_BUILT)/turnstile $(MUSL_PROGRAM)
 	cp -f $(MUSL_BUILT)/libturnstile.so $(MUSL_LIBRARY)
 	$(call both_names,$(TARGET))
+endif
 
 # One name for the two libraries of a directory, of which each dynamic linker takes its own.
 define both_names
