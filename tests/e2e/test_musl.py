@@ -19,6 +19,8 @@ import harness
 from harness import (CACHE, CLIENTS, PYTHON, ROOT, SHELL, Broker, PlainShell, Programs, Skip, check_rows,
                      create, plain, plain_env, run, wait_until, waits)
 
+from test_autostart import NOBODY, World, brokers, database
+
 sys.path.insert(0, os.path.join(ROOT, "tests", "containers"))
 from engine import SOCKET, HostBroker  # noqa: E402
 
@@ -26,7 +28,7 @@ MUSL = os.environ.get("TURNSTILE_MUSL_TARGET") or os.path.join(ROOT, "target-mus
 PLACE = os.path.join(CACHE, "musl")
 LINKER = (glob.glob("/lib/ld-musl-*.so.1") or [""])[0]
 STATUS = "PRAGMA turnstile_status"
-SHELL_WORDS = ["sqlite3", "-batch", "-noheader", "-separator", "\x1f"]
+SHELL_OPTIONS = ["-batch", "-noheader", "-separator", "\x1f"]
 
 
 def newest(pattern, what):
@@ -254,7 +256,7 @@ def test_a_broker_of_one_build_takes_over_from_the_other():
         static = stack.enter_context(target("turnstile-static"))
         with HostBroker() as broker:  # the static one
             db = broker.database_for_all()
-            command = inside(broker, [*SHELL_WORDS, "/data/app.db"])
+            command = inside(broker, ["sqlite3", *SHELL_OPTIONS, "/data/app.db"])
             with PlainShell(db, command=command) as musl, PlainShell(db, env=broker.env) as other:
                 for shell, library in ((musl, "libturnstile"), (other, harness.lib())):
                     shell.run(f".load {library}")
@@ -275,20 +277,44 @@ def test_a_broker_of_one_build_takes_over_from_the_other():
 
 
 def test_a_writer_that_is_killed_in_its_turn_holds_nobody_up():
-    with HostBroker() as broker:
-        db = broker.database_for_all()
-        command = inside(broker, ["turnstile", "run", "--", *SHELL_WORDS, "/data/app.db"])
-        with PlainShell(db, command=command) as musl, PlainShell(db, env=broker.env) as other:
-            other.run(f".load {harness.lib()}")
-            musl.run("INSERT INTO rows VALUES('m', 1)")
-            musl.run("BEGIN IMMEDIATE; INSERT INTO rows VALUES('m', 2)")
-            holder, = (m["pid"] for m in broker.members(db) if m["pid"] != other.pid)
-            other.send("INSERT INTO rows VALUES('o', 1)")
-            wait_until(lambda: broker.database(db)["line"], 20, "the other to stand in the line")
-            os.kill(holder, signal.SIGKILL)
-            other.answer()
-            assert other.run("SELECT worker, seq FROM rows") == [["m", "1"], ["o", "1"]]
-        assert plain(db, "PRAGMA integrity_check", retry=10) == [["ok"]]
+    for shell in ("sqlite3", "sqlite3-linked"):
+        with HostBroker() as broker:
+            db = broker.database_for_all()
+            command = inside(broker, ["turnstile", "run", "--", shell, *SHELL_OPTIONS, "/data/app.db"])
+            with PlainShell(db, command=command) as musl, PlainShell(db, env=broker.env) as other:
+                other.run(f".load {harness.lib()}")
+                musl.run("INSERT INTO rows VALUES('m', 1)")
+                musl.run("BEGIN IMMEDIATE; INSERT INTO rows VALUES('m', 2)")
+                holder, = (m["pid"] for m in broker.members(db) if m["pid"] != other.pid)
+                other.send("INSERT INTO rows VALUES('o', 1)")
+                wait_until(lambda: broker.database(db)["line"], 20, "the other to stand in the line")
+                os.kill(holder, signal.SIGKILL)
+                other.answer()
+                assert other.run("SELECT worker, seq FROM rows") == [["m", "1"], ["o", "1"]], shell
+            assert plain(db, "PRAGMA integrity_check", retry=10) == [["ok"]], shell
+
+
+def test_a_program_on_musl_starts_the_broker():
+    """The extension does, in the program's process: by a raw clone(2), of which musl knows nothing."""
+    with target("turnstile-static", libraries=["libturnstile-musl.so"], both=False) as build:
+        shutil.copy(os.path.join(build, "libturnstile-musl.so"), os.path.join(build, "libturnstile.so"))
+        programs = {os.path.basename(path): path for path in (here("worker"), os.path.join(built(), "lib/libsqlite3.so.0"))}
+        contents = {name: open(path, "rb").read() for name, path in programs.items()}
+        with World() as world:  # in which nothing of the outer /tmp is seen
+            env, home = world.user()
+            for name, content in contents.items():
+                with open(os.path.join(world.dir, name), "wb") as f:
+                    f.write(content)
+                os.chmod(f.name, 0o755)
+            env = {**env, "LD_LIBRARY_PATH": world.dir, "TURNSTILE_EXTENSION": os.path.join(world.dir, "libturnstile.so")}
+            db = database(home)
+            words = [os.path.join(world.dir, "worker"), db, "w", "20", f"{home}/acknowledged"]
+            done = run(words, env=env, user=NOBODY, group=NOBODY, extra_groups=[], input="\n", cwd="/")
+            result = json.loads(done.stdout.splitlines()[-1])
+            states = [json.loads(text) for text in result["status"]]
+            assert result["committed"] == 20 and {s["mode"] for s in states} == {"gated"} and not done.stderr, done
+            assert {s["broker_pid"] for s in states} == set(brokers()), (states, brokers())
+            check_rows(db, f"{home}/acknowledged")
 
 
 # --- which library is taken -----------------------------------------------------------------------------------------
