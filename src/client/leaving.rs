@@ -15,6 +15,16 @@ use crate::wire::message::ToBroker;
 use std::sync::Arc;
 
 impl Member {
+    /// The connection is being closed. True: nobody else keeps the WAL open.
+    pub fn closes_last(&self) -> bool {
+        self.with_seat(|_, seat| seat.table.closes_last(seat.id)).unwrap_or(false)
+    }
+
+    /// See [`crate::lock::table::Table::shuts_out_newcomers`].
+    pub fn shuts_out_newcomers(&self) -> bool {
+        self.with_seat(|_, seat| seat.table.shuts_out_newcomers(seat.id)).unwrap_or(false)
+    }
+
     /// The connection is closed, its own descriptor too: once the gate is open, a plain connection of this very process
     /// may lock the file, and closing any descriptor of it would drop that lock.
     ///

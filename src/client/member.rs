@@ -283,11 +283,6 @@ impl Member {
         self.with_seat(|_, seat| seat.went_elsewhere()).unwrap_or(false)
     }
 
-    /// The connection is being closed. True: nobody else keeps the WAL open.
-    pub fn closes_last(&self) -> bool {
-        self.with_seat(|_, seat| seat.table.closes_last(seat.id)).unwrap_or(false)
-    }
-
     /// Opens the wal-index. On the fast lane `alone` is called if nobody else has it open, and says whether it can be
     /// used; else the broker sees to it. False: it cannot, and is not open.
     pub fn open_wal_index(&self, alone: impl Fn(WalIndex) -> bool) -> Result<bool, Lost> {

@@ -20,6 +20,14 @@ impl Table<'_> {
         !seen.unwrap_or_else(|| self.wal_stays_open(seat))
     }
 
+    /// It closes last: newcomers wait until it has given back its file locks, as behind the EXCLUSIVE of SQLite's last
+    /// close. Else they came in beside it, and `PRAGMA journal_mode=delete` would find them not alone. False: somebody
+    /// else has shut the file.
+    pub fn shuts_out_newcomers(self, seat: SeatId) -> bool {
+        let pending = &self.words.file.0.pending;
+        !planted("newcomers-beside-last-close") && pending.compare_exchange(0, seat, SeqCst, SeqCst).is_ok()
+    }
+
     /// It has closed the wal-index.
     pub fn closed(self, seat: SeatId) {
         self.set_file(seat, WAL_OPEN | CLOSING, false);

@@ -12,7 +12,7 @@
 use super::main_file::MainFile;
 use super::wal_file::WalFile;
 use super::wrapped::descriptor;
-use crate::lock::slot;
+use crate::lock::{FileLevel, slot};
 use crate::planted::planted;
 use crate::segment::atomic::SeqCst;
 use crate::segment::layout::CheckpointWords;
@@ -75,6 +75,10 @@ impl MainFile {
         if !offered || !member.closes_last() || !member.fence(1 << slot::CHECKPOINT) {
             return false;
         }
+        if member.shuts_out_newcomers() {
+            // Until `xUnlock(NONE)`.
+            self.level = FileLevel::Pending;
+        }
         let (copied, failed) = match self.copy_back(real) {
             Ok(()) => (true, false),
             Err(Left { sync_failed }) => (false, sync_failed),
@@ -84,6 +88,10 @@ impl MainFile {
         }
         if failed {
             self.repair();
+        }
+        if !copied && self.level == FileLevel::Pending {
+            // PENDING becomes EXCLUSIVE, or is given back.
+            self.level = FileLevel::Shared;
         }
         copied
     }

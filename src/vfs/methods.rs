@@ -137,7 +137,7 @@ unsafe extern "C" fn close(file: File) -> c_int {
 unsafe extern "C" fn read(file: File, to: *mut c_void, amount: c_int, offset: i64) -> c_int {
     call(file, ffi::SQLITE_IOERR_READ, |w| {
         if !main_file(w).is_none_or(MainFile::snapshot_is_durable) {
-            return ffi::SQLITE_IOERR_READ;
+            return ffi::SQLITE_IOERR_FSYNC;
         }
         let rc = real!(w, xRead, ffi::SQLITE_IOERR_READ, file, to, amount, offset);
         match after_read(w) {
@@ -152,7 +152,7 @@ unsafe extern "C" fn read_wal(file: File, to: *mut c_void, amount: c_int, offset
         if let (false, Kind::Companion { wal: Some(writes), .. }) = (w.inherited(), &w.kind)
             && !wal::wal_is_read(writes)
         {
-            return ffi::SQLITE_IOERR_READ;
+            return ffi::SQLITE_IOERR_FSYNC;
         }
         real!(w, xRead, ffi::SQLITE_IOERR_READ, file, to, amount, offset)
     })
@@ -161,7 +161,7 @@ unsafe extern "C" fn read_wal(file: File, to: *mut c_void, amount: c_int, offset
 unsafe extern "C" fn fetch(file: File, offset: i64, amount: c_int, to: *mut *mut c_void) -> c_int {
     call(file, ffi::SQLITE_IOERR_MMAP, |w| {
         if !main_file(w).is_none_or(MainFile::snapshot_is_durable) {
-            return ffi::SQLITE_IOERR_MMAP;
+            return ffi::SQLITE_IOERR_FSYNC;
         }
         let rc = real!(w, xFetch, ffi::SQLITE_IOERR_MMAP, file, offset, amount, to);
         match after_read(w) {
@@ -197,8 +197,8 @@ fn after_read(w: &mut Wrapped) -> bool {
 
 unsafe extern "C" fn write(file: File, from: *const c_void, amount: c_int, offset: i64) -> c_int {
     call(file, ffi::SQLITE_IOERR_WRITE, |w| {
-        if !may_change(w) {
-            return ffi::SQLITE_IOERR_WRITE;
+        if let Some(code) = refusal(w, ffi::SQLITE_IOERR_WRITE) {
+            return code;
         }
         if let Kind::Companion { wal: Some(writes), .. } = &mut w.kind {
             writes.make_room((offset + i64::from(amount)) as u64);
@@ -213,37 +213,44 @@ unsafe extern "C" fn write(file: File, from: *const c_void, amount: c_int, offse
 }
 
 unsafe extern "C" fn truncate(file: File, size: i64) -> c_int {
-    call(file, ffi::SQLITE_IOERR_TRUNCATE, |w| match may_change(w) {
-        true => real!(w, xTruncate, ffi::SQLITE_IOERR_TRUNCATE, file, size),
-        false => ffi::SQLITE_IOERR_TRUNCATE,
+    call(file, ffi::SQLITE_IOERR_TRUNCATE, |w| match refusal(w, ffi::SQLITE_IOERR_TRUNCATE) {
+        None => real!(w, xTruncate, ffi::SQLITE_IOERR_TRUNCATE, file, size),
+        Some(code) => code,
     })
 }
 
 unsafe extern "C" fn sync(file: File, flags: c_int) -> c_int {
-    call(file, ffi::SQLITE_IOERR_FSYNC, |w| match may_change(w) {
-        true if matches!(w.kind, Kind::Companion { wal: Some(_), .. }) => wal::sync_wal(w, file, flags),
-        true => real!(w, xSync, ffi::SQLITE_IOERR_FSYNC, file, flags),
-        false => ffi::SQLITE_IOERR_FSYNC,
+    call(file, ffi::SQLITE_IOERR_FSYNC, |w| match refusal(w, ffi::SQLITE_IOERR_FSYNC) {
+        None if matches!(w.kind, Kind::Companion { wal: Some(_), .. }) => wal::sync_wal(w, file, flags),
+        None => real!(w, xSync, ffi::SQLITE_IOERR_FSYNC, file, flags),
+        Some(code) => code,
     })
 }
 
-/// A forked child must not touch its parent's files; nobody writes a database whose segment is poisoned.
-fn may_change(w: &mut Wrapped) -> bool {
+/// Why nothing may be changed: a forked child must not touch its parent's files, and nobody writes a database whose
+/// segment is poisoned (`code`); no frames follow those that a failed sync has left (the sync's own code, for it is what
+/// failed).
+fn refusal(w: &mut Wrapped, code: c_int) -> Option<c_int> {
     if w.inherited() {
-        return false;
+        return Some(code);
     }
-    match &mut w.kind {
+    let (whole, follows) = match &mut w.kind {
         Kind::Main(main) => {
             let mut checked = main.checked;
             let shared = main.gated().and_then(|m| m.shared());
-            let may = shared.is_none_or(|s| !s.poisoned() && s.still_ours(&mut checked));
+            let whole = shared.is_none_or(|s| !s.poisoned() && s.still_ours(&mut checked));
             main.checked = checked;
-            may
+            (whole, true)
         }
-        Kind::Companion { wal_of, checked, wal } => {
-            wal_of.as_ref().is_none_or(|s| !s.poisoned() && s.still_ours(checked))
-                && wal.as_ref().is_none_or(wal::may_write_wal)
-        }
+        Kind::Companion { wal_of, checked, wal } => (
+            wal_of.as_ref().is_none_or(|s| !s.poisoned() && s.still_ours(checked)),
+            wal.as_ref().is_none_or(wal::may_write_wal),
+        ),
+    };
+    match (whole, follows) {
+        (false, _) => Some(code),
+        (true, false) => Some(ffi::SQLITE_IOERR_FSYNC),
+        (true, true) => None,
     }
 }
 
