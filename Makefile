@@ -85,7 +85,8 @@ generated: build
 	$(PROGRAM) generate $(GENERATED)
 	sed 's|@BINDIR@|$(BINDIR)|' packaging/turnstile.service.in >$(GENERATED)/turnstile.service
 
-install: generated
+# What is installed together is of one version.
+install: generated $(if $(wildcard $(MUSL_LIBRARY)),musl)
 	$(INSTALL) -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(LIBDIR) $(DESTDIR)$(MANDIR)/man1 $(DESTDIR)$(DOCDIR) \
 	    $(DESTDIR)$(BASHDIR) $(DESTDIR)$(ZSHDIR) $(DESTDIR)$(FISHDIR)
 	$(call replace,755,$(PROGRAM),$(DESTDIR)$(BINDIR)/turnstile)
@@ -132,5 +133,5 @@ ifeq ($(DESTDIR),)
 endif
 
 # By dpkg-deb, from what `install` puts below /usr.
-deb: build
+deb: build $(if $(wildcard $(MUSL_LIBRARY)),musl)
 	packaging/deb $(TARGET)
