@@ -6,9 +6,11 @@
 mod model;
 
 use model::{Actor, READ, Scenario, World, check, is_granted, one, unshare, unwrite};
+use turnstile::lock::rules::Attempt;
 use turnstile::lock::slot;
 use turnstile::lock::unused::{unused, uses};
-use turnstile::lock::{Ask, Request, Verdict};
+use turnstile::lock::{Ask, Release, Request, Verdict};
+use turnstile::segment::layout::CHECKPOINTER;
 
 const TURN: Ask = Ask { request: Request::Turn, ahead: false };
 
@@ -226,6 +228,27 @@ fn upgrades_write_in_their_turn() {
             .seat(3, transaction)
             .always(a_writer_has_the_turn)
             .preemptions(2)
+    });
+}
+
+/// A checkpoint in a turn of its own is no reason to refuse an upgrade: that waits, and is not forgotten at its end.
+#[test]
+fn an_upgrade_waits_for_the_checkpointer() {
+    let upgrade = |a: &Actor| {
+        a.get(Request::ShmShared(one(READ)), false);
+        a.get(Request::ShmExclusive { slots: one(slot::WRITE), blocking: false }, false);
+        a.seat().release(unwrite());
+        a.seat().release(unshare(READ));
+    };
+    let checkpoint = |a: &Actor| {
+        let request = Request::ShmExclusive { slots: one(slot::CHECKPOINT), blocking: false };
+        // Too late, it does without.
+        if let Attempt::Done(_) = a.seat().attempt(Ask { request, ahead: true }) {
+            a.seat().release(Release::ShmExclusive { slots: one(slot::CHECKPOINT), keep_turn: false });
+        }
+    };
+    check(&["upgrade-beside-checkpoint"], || {
+        Scenario::new().seat(1, upgrade).seat(CHECKPOINTER, checkpoint).always(a_writer_has_the_turn)
     });
 }
 

@@ -4,6 +4,7 @@
 //! The table of who waits is in `docs/architecture.md` ("Locks"); the code below is in its order.
 
 use super::seat::Seat;
+use super::tries::tries;
 use super::{Ask, FileLevel, Request, SeatId, Slots, Verdict, slot};
 use crate::planted::planted;
 use crate::segment::atomic::SeqCst;
@@ -219,10 +220,10 @@ impl Seat<'_> {
         let in_turn = self.table.reads(self.id) || self.write_is_checkpoint(blocking);
         let had_turn = self.has_turn();
         if in_turn && !had_turn {
-            // An upgrade: whoever has the turn will make this snapshot stale, so waiting cannot help.
-            // The lock is looked at first: a turn must not be taken for a BUSY.
-            if self.foreign(self.table.slot_owner(slot::WRITE)) || !self.take_turn(0) {
-                return BUSY;
+            match self.upgrade() {
+                Upgrade::InTurn => {}
+                Upgrade::BesideCheckpoint => return WAIT,
+                Upgrade::Stale => return BUSY,
             }
         }
         if !self.table.try_slots_exclusive(self.id, mask) {
@@ -237,4 +238,35 @@ impl Seat<'_> {
         }
         self.granted(false)
     }
+    /// A reader asks for WRITE: whoever has the turn will make its snapshot stale, so waiting cannot help. But the
+    /// broker's checkpointer commits nothing and lets go by itself; nobody may be told of it by a BUSY.
+    fn upgrade(&self) -> Upgrade {
+        let checkpointer = |seat| seat == Some(CHECKPOINTER) && !planted("upgrade-beside-checkpoint");
+        // The lock first: a turn must not be taken for a BUSY.
+        let owner = self.table.slot_owner(slot::WRITE);
+        if self.foreign(owner) && !checkpointer(owner) {
+            return Upgrade::Stale;
+        }
+        for _ in tries() {
+            if self.take_turn(0) {
+                return Upgrade::InTurn;
+            }
+            let word = self.turn().load();
+            if checkpointer(word.holder()) {
+                // Not in the line: whoever stands there already will make the snapshot stale.
+                return Upgrade::BesideCheckpoint;
+            }
+            // Else it may have ended its turn between the two looks.
+            if !word.is_free() || word.is_contended() {
+                break;
+            }
+        }
+        Upgrade::Stale
+    }
+}
+
+enum Upgrade {
+    InTurn,
+    BesideCheckpoint,
+    Stale,
 }

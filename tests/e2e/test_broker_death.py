@@ -544,6 +544,7 @@ def test_a_keeper_that_dies_is_replaced_and_told_everything():
             c.close()
 
 
+@waits
 @fails_without("keeper-not-tried-again")
 def test_a_keeper_that_cannot_be_started_is_tried_again():
     """The broker is out of descriptors for a moment, which is when keepers end."""

@@ -74,6 +74,7 @@ def fuse_mounted(at, serve, user, kind="fuse"):
         stop()
 
 
+@waits
 @fails_without("foreign-descriptors-closed", message="in vain|timed out|after 5 s")
 @timeout(60)
 def test_a_file_that_never_answers_stops_nobody():
@@ -123,6 +124,7 @@ def refusal(broker):
     return done.stdout + done.stderr
 
 
+@waits
 @fails_without("foreign-descriptors-closed", message="in vain|timed out|did not|still running")
 @timeout(60)
 def test_a_broker_that_was_sent_such_a_file_ends_and_comes_again():

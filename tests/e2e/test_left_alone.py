@@ -10,7 +10,7 @@ import sqlite3
 import subprocess
 
 import harness
-from harness import (Broker, PYTHON, connect, create, fails_without, plain, timeout)
+from harness import (Broker, PYTHON, connect, create, fails_without, plain, timeout, waits)
 from test_broker_death import Other, kill_both, loaded, planted_build, shut_to_plain
 from test_foreign import STRANGER, as_user, root_only
 
@@ -53,6 +53,7 @@ def test_members_that_have_nothing_to_say_are_found():
             assert [m["pid"] for m in broker.members(other)] == [third.process.pid]
 
 
+@waits
 @fails_without("dead-seats-stay")
 def test_who_died_after_broker_and_keeper_is_cleared():
     with Broker() as broker:

@@ -7,7 +7,7 @@ import threading
 import time
 
 from harness import (Broker, PlainShell, Workers, check_rows, connect, create, fails_without, is_busy, lib, plain,
-                     run_workers, status_of, timeout, wait_until)
+                     run_workers, status_of, timeout, wait_until, waits)
 from test_checkpoint import traced
 
 
@@ -229,6 +229,7 @@ def test_an_index_that_nobody_has_open_is_not_believed():
         anchor.close()
 
 
+@waits
 @fails_without("torn-header-queues,no-fast-lane")
 @timeout(60)
 def test_a_torn_header_read_does_not_queue_as_a_writer():

@@ -57,3 +57,56 @@ fn a_checkpoint_that_was_asked_for_waits_for_the_brokers() {
         assert_eq!(seats(&b.settle()), [1]);
     });
 }
+
+/// It commits nothing, so no snapshot becomes stale: a reader that begins to write waits, and is not refused.
+#[test]
+fn an_upgrade_waits_for_the_checkpointer() {
+    rule("upgrade-beside-checkpoint", |b| {
+        b.wal(&[1]);
+        let checkpoint = slots(slot::CHECKPOINT);
+        let request = Request::ShmExclusive { slots: checkpoint, blocking: false };
+        assert!(granted(b.submit(CHECKPOINTER, Ask { request, ahead: true })));
+        assert_eq!(b.holder(), Some(CHECKPOINTER));
+        assert!(granted(b.read(1, false)));
+        assert_eq!(b.write(1), None);
+        // With WRITE too, to begin the WAL anew; then without the turn.
+        assert!(granted(b.write(CHECKPOINTER)));
+        assert!(b.settle().is_empty());
+        b.unwrite(CHECKPOINTER);
+        b.unexclusive(CHECKPOINTER, checkpoint);
+        assert_eq!(seats(&b.settle()), [1]);
+        assert_eq!(b.holder(), Some(1));
+        assert_eq!(b.table().slot_owner(slot::WRITE), Some(1));
+    });
+}
+
+#[test]
+fn an_upgrade_waits_for_a_checkpoint_out_of_turn() {
+    rule("upgrade-beside-checkpoint", |b| {
+        b.wal(&[1]);
+        let both = slots(slot::CHECKPOINT);
+        assert!(granted(b.exclusive(CHECKPOINTER, both)));
+        b.with(CHECKPOINTER, |seat| assert!(seat.table.try_slots_exclusive(seat.id, 1 << slot::WRITE)));
+        assert!(granted(b.read(1, false)));
+        assert_eq!(b.write(1), None);
+        b.unwrite(CHECKPOINTER);
+        assert_eq!(seats(&b.settle()), [1]);
+    });
+}
+
+/// Whoever stands in the line before it commits first, and its snapshot is stale then.
+#[test]
+fn an_upgrade_behind_a_writer_is_refused_after_the_checkpoint() {
+    always(|b| {
+        b.wal(&[1, 2]);
+        let checkpoint = slots(slot::CHECKPOINT);
+        let request = Request::ShmExclusive { slots: checkpoint, blocking: false };
+        assert!(granted(b.submit(CHECKPOINTER, Ask { request, ahead: true })));
+        assert!(granted(b.read(1, false)));
+        assert_eq!(b.read(2, true), None);
+        assert_eq!(b.write(1), None);
+        b.unexclusive(CHECKPOINTER, checkpoint);
+        assert!(b.settle().contains(&(1, Verdict::Busy)));
+        assert_eq!(b.holder(), Some(2));
+    });
+}
