@@ -5,7 +5,7 @@ import ctypes
 import os
 import struct
 
-from harness import Broker, Skip, bin, create, fails_without, run, timeout, wait_until
+from harness import Broker, Skip, bin, create, fails_without, run, timeout, wait_until, waits
 from test_broker_death import processes_of
 from test_foreign import STRANGER, as_user, root_only
 from test_gate import REFUSED

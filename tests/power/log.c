@@ -221,7 +221,7 @@ static int next_is_due(struct order *o){
   return o->times>0 && atomic_fetch_sub(&o->times, 1)>0;
 }
 
-/* What an order says of this operation: 0, an errno, or POWER_KILL_AFTER. */
+/* What an order says of this operation: 0, an errno, POWER_KILL_AFTER or POWER_KILL_BEFORE. */
 int power_obey(enum kind kind, const struct known *file){
   for(int i=0; i<POWER_ORDERS; i++){
     struct order *o = &power_log->orders[i];
@@ -229,7 +229,6 @@ int power_obey(enum kind kind, const struct known *file){
     if( o->pid && o->pid!=getpid() ) continue;
     if( !next_is_due(o) ) continue;
     atomic_fetch_add(&o->fired, 1);
-    if( o->what==POWER_KILL_BEFORE ) raise(SIGKILL);
     return o->what;
   }
   return 0;

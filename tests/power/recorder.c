@@ -44,10 +44,13 @@ static int64_t ended(uint64_t begin, int64_t result, int order){
   return result;
 }
 
-/* An operation that an order lets fail: it is in the record, and was never done. */
-static int64_t refused(uint64_t begin, int error){
-  errno = error;
-  return ended(begin, -1, 0);
+/* An operation that an order lets fail, or ends the process before: it is in the record, and was never done. Without an end
+** it might be in any later image, though who came after it has seen that it is not there. */
+static int64_t refused(uint64_t begin, int order){
+  errno = order==POWER_KILL_BEFORE ? EINTR : order;
+  int64_t result = ended(begin, -1, 0);
+  if( order==POWER_KILL_BEFORE ) raise(SIGKILL);
+  return result;
 }
 
 /* -------------------------------------------------------------------------------------------------- names */
@@ -144,7 +147,7 @@ static ssize_t write_recorded(struct known *file, int fd, const void *from, size
   if( file==0 ) return real(fd, from, n, at);
   uint64_t begin = power_draw(WRITE, file, (uint64_t)at, from, n);
   int order = power_obey(WRITE, file);
-  if( order>0 ) return refused(begin, order);
+  if( order!=0 && order!=POWER_KILL_AFTER ) return refused(begin, order);
   return ended(begin, real(fd, from, n, at), order);
 }
 
@@ -196,7 +199,7 @@ static int sized(int (*real)(int, off_t), int fd, off_t size){
   if( file==0 ) return real(fd, size);
   uint64_t begin = power_draw(TRUNCATE, file, (uint64_t)size, 0, 0);
   int order = power_obey(TRUNCATE, file);
-  if( order>0 ) return (int)refused(begin, order);
+  if( order!=0 && order!=POWER_KILL_AFTER ) return (int)refused(begin, order);
   return (int)ended(begin, real(fd, size), order);
 }
 
@@ -239,7 +242,7 @@ static int synced(int (*real)(int), int fd){
   if( file==0 && !directory ) return real(fd);
   uint64_t begin = power_draw(directory ? SYNC_DIR : SYNC, file, 0, 0, 0);
   int order = file ? power_obey(st.st_size ? SYNC : SYNC_EMPTY, file) : 0;
-  if( order>0 ) return (int)refused(begin, order);
+  if( order!=0 && order!=POWER_KILL_AFTER ) return (int)refused(begin, order);
   /* The recorded directory is usually memory, where a sync takes no time; on a disk others go on meanwhile. */
   struct timespec delay = {0, power_log->sync_usec * 1000l};
   if( delay.tv_nsec ) nanosleep(&delay, 0);
