@@ -1,9 +1,13 @@
 # Installs turnstile: `make && sudo make install`; `make deb` makes a Debian package. Tests: tests/run.
+# `make musl` builds for musl what `install` and `deb` then install, too: libturnstile-musl.so, for programs on musl, and
+# turnstile-static, the same program in one file that needs no library. `make install-musl` installs these two alone, for
+# a root without glibc (Alpine's).
 #
 #   PREFIX=/usr/local      where to. SQLite finds the extension as `libturnstile` below /usr and /usr/local
 #   DESTDIR=               put in front of every path, for packages; nothing outside of it is touched then
 #   SYSTEMD=yes            also unit, socket unit and user of the host's broker; `no` leaves them out
 #   TARGET=target/release  what is installed; a build that is there already is not built again with BUILD=no
+#   MUSL_CC=musl-gcc       a C compiler for musl; on a machine that runs on musl: cc
 
 PREFIX ?= /usr/local
 BINDIR ?= $(PREFIX)/bin
@@ -22,12 +26,24 @@ BUILD ?= yes
 CARGO ?= cargo
 INSTALL ?= install
 
+MUSL_CC ?= musl-gcc
+MUSL_TARGET ?= $(shell uname -m)-unknown-linux-musl
+# As cargo reads it: CARGO_TARGET_X86_64_UNKNOWN_LINUX_MUSL_...
+MUSL_VARIABLE = CARGO_TARGET_$(shell echo $(MUSL_TARGET) | tr a-z- A-Z_)
+MUSL_BUILT = $(dir $(TARGET))$(MUSL_TARGET)/release
+MUSL_PROGRAM = $(TARGET)/turnstile-static
+MUSL_LIBRARY = $(TARGET)/libturnstile-musl.so
+# The processors' names that glibc puts for $PLATFORM, and that word itself, which is what musl looks for
+# (src/cli/extension.rs).
+PLATFORMS ?= $(shell uname -m) $(if $(filter x86_64,$(shell uname -m)),haswell xeon_phi)
+DOLLAR = $$
+
 PROGRAM = $(TARGET)/turnstile
 LIBRARY = $(TARGET)/libturnstile.so
 # Man pages, completions and the unit with this PREFIX, made by the program itself.
 GENERATED = $(TARGET)/packaging
 
-.PHONY: all build generated install uninstall deb
+.PHONY: all build musl generated install install-musl uninstall deb
 all: build
 
 build:
@@ -35,19 +51,51 @@ ifeq ($(BUILD),yes)
 	$(CARGO) build --release --lib --bins
 endif
 
+# Rust links everything statically for musl, or nothing; an extension cannot be static. build.rs sees to the program.
+musl:
+ifeq ($(BUILD),yes)
+	@command -v $(MUSL_CC) >/dev/null || { echo "$(MUSL_CC) is missing: apt install musl-tools (Debian, Ubuntu)" >&2; exit 1; }
+	@test -d "$$(rustc --print target-libdir --target $(MUSL_TARGET))" || \
+	    { echo "Rust has no library for it: rustup target add $(MUSL_TARGET)" >&2; exit 1; }
+	$(MUSL_VARIABLE)_LINKER=$(MUSL_CC) $(MUSL_VARIABLE)_RUSTFLAGS="-C target-feature=-crt-static" \
+	    $(CARGO) build --release --lib --bins --target $(MUSL_TARGET) --target-dir $(dir $(TARGET))
+	mkdir -p $(TARGET)
+	cp -f $(MUSL_BUILT)/turnstile $(MUSL_PROGRAM)
+	cp -f $(MUSL_BUILT)/libturnstile.so $(MUSL_LIBRARY)
+	$(call both_names,$(TARGET))
+endif
+
+# One name for the two libraries of a directory, of which each dynamic linker takes its own.
+define both_names
+	for platform in $(PLATFORMS); do \
+	    mkdir -p "$(1)/libturnstile.d/$$platform" && \
+	    ln -sfn ../../libturnstile.so "$(1)/libturnstile.d/$$platform/libturnstile.so" || exit 1; done
+	mkdir -p '$(1)/libturnstile.d/$(DOLLAR)PLATFORM'
+	ln -sfn ../../libturnstile-musl.so '$(1)/libturnstile.d/$(DOLLAR)PLATFORM/libturnstile.so'
+endef
+
+# In a new file and renamed over the old one: programs have that one mapped.
+define replace
+	$(INSTALL) -m $(1) $(2) $(3).new
+	mv -f $(3).new $(3)
+endef
+
 generated: build
 	rm -rf $(GENERATED)
 	$(PROGRAM) generate $(GENERATED)
 	sed 's|@BINDIR@|$(BINDIR)|' packaging/turnstile.service.in >$(GENERATED)/turnstile.service
 
-install: generated
+# What is installed together is of one version.
+install: generated $(if $(wildcard $(MUSL_LIBRARY)),musl)
 	$(INSTALL) -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(LIBDIR) $(DESTDIR)$(MANDIR)/man1 $(DESTDIR)$(DOCDIR) \
 	    $(DESTDIR)$(BASHDIR) $(DESTDIR)$(ZSHDIR) $(DESTDIR)$(FISHDIR)
-# In a new file and renamed over the old one: programs have that one mapped.
-	$(INSTALL) -m 755 $(PROGRAM) $(DESTDIR)$(BINDIR)/turnstile.new
-	mv -f $(DESTDIR)$(BINDIR)/turnstile.new $(DESTDIR)$(BINDIR)/turnstile
-	$(INSTALL) -m 644 $(LIBRARY) $(DESTDIR)$(LIBDIR)/libturnstile.so.new
-	mv -f $(DESTDIR)$(LIBDIR)/libturnstile.so.new $(DESTDIR)$(LIBDIR)/libturnstile.so
+	$(call replace,755,$(PROGRAM),$(DESTDIR)$(BINDIR)/turnstile)
+	$(call replace,644,$(LIBRARY),$(DESTDIR)$(LIBDIR)/libturnstile.so)
+ifneq ($(wildcard $(MUSL_LIBRARY)),)
+	$(call replace,755,$(MUSL_PROGRAM),$(DESTDIR)$(BINDIR)/turnstile-static)
+	$(call replace,644,$(MUSL_LIBRARY),$(DESTDIR)$(LIBDIR)/libturnstile-musl.so)
+	$(call both_names,$(DESTDIR)$(LIBDIR))
+endif
 	$(INSTALL) -m 644 $(GENERATED)/man/*.1 $(DESTDIR)$(MANDIR)/man1
 	$(INSTALL) -m 644 $(GENERATED)/turnstile.bash $(DESTDIR)$(BASHDIR)/turnstile
 	$(INSTALL) -m 644 $(GENERATED)/_turnstile $(DESTDIR)$(ZSHDIR)/_turnstile
@@ -65,7 +113,16 @@ ifeq ($(SYSTEMD),yes)
 endif
 endif
 
+# Under the names that a glibc system knows them by, too: there is no other to be mixed up with.
+install-musl: musl
+	$(INSTALL) -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(LIBDIR)
+	$(call replace,755,$(MUSL_PROGRAM),$(DESTDIR)$(BINDIR)/turnstile)
+	$(call replace,644,$(MUSL_LIBRARY),$(DESTDIR)$(LIBDIR)/libturnstile-musl.so)
+	ln -sfn libturnstile-musl.so $(DESTDIR)$(LIBDIR)/libturnstile.so
+
 uninstall:
+	rm -rf $(DESTDIR)$(LIBDIR)/libturnstile.d
+	rm -f $(DESTDIR)$(BINDIR)/turnstile-static $(DESTDIR)$(LIBDIR)/libturnstile-musl.so
 	rm -f $(DESTDIR)$(BINDIR)/turnstile $(DESTDIR)$(LIBDIR)/libturnstile.so $(DESTDIR)$(MANDIR)/man1/turnstile.1 \
 	    $(DESTDIR)$(MANDIR)/man1/turnstile-*.1 $(DESTDIR)$(BASHDIR)/turnstile $(DESTDIR)$(ZSHDIR)/_turnstile \
 	    $(DESTDIR)$(FISHDIR)/turnstile.fish $(DESTDIR)$(UNITDIR)/turnstile.service \
@@ -76,5 +133,5 @@ ifeq ($(DESTDIR),)
 endif
 
 # By dpkg-deb, from what `install` puts below /usr.
-deb: build
+deb: build $(if $(wildcard $(MUSL_LIBRARY)),musl)
 	packaging/deb $(TARGET)

@@ -3,6 +3,7 @@
 //! A hostile FUSE file blocks `fstat`, `fcntl` and even `close`; `/proc/self/fdinfo` and `mountinfo` are the
 //! kernel's own and answer at once.
 
+use crate::segment::statx::statx;
 use std::ffi::{CStr, CString};
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
@@ -125,7 +126,8 @@ fn kind_by_device(fd: BorrowedFd, own_mounts: &str) -> Option<String> {
     if mount_points(own_mounts, "btrfs").iter().any(here) {
         return Some("btrfs".into());
     }
-    use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, XFS_SUPER_MAGIC, fstatfs};
+    use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, fstatfs};
+    const XFS_SUPER_MAGIC: FsType = FsType(0x5846_5342); // linux/magic.h; nix has it with glibc alone
     let kind: FsType = (major != 0).then(|| fstatfs(fd).ok())??.filesystem_type();
     let known = [(EXT4_SUPER_MAGIC, "ext4"), (XFS_SUPER_MAGIC, "xfs"), (BTRFS_SUPER_MAGIC, "btrfs")];
     known.iter().find(|(magic, _)| *magic == kind).map(|(_, name)| (*name).to_owned())
@@ -133,12 +135,9 @@ fn kind_by_device(fd: BorrowedFd, own_mounts: &str) -> Option<String> {
 
 /// The device of a file. No filesystem is asked: what the kernel has cached will do.
 fn device_of(directory: RawFd, path: &CStr, flags: i32) -> Option<(u32, u32)> {
-    // SAFETY: statx is plain data for which all-zero is valid.
-    let mut stx: libc::statx = unsafe { std::mem::zeroed() };
     let flags = flags | libc::AT_STATX_DONT_SYNC | libc::AT_NO_AUTOMOUNT;
-    // SAFETY: the path is NUL-terminated, and the kernel writes one statx into `stx`.
-    let rc = unsafe { libc::statx(directory, path.as_ptr(), flags, libc::STATX_TYPE, &mut stx) };
-    (rc == 0).then_some((stx.stx_dev_major, stx.stx_dev_minor))
+    let stx = statx(directory, path, flags, libc::STATX_TYPE)?;
+    Some((stx.stx_dev_major, stx.stx_dev_minor))
 }
 
 /// Where filesystems of this kind are mounted, but for places that only another kind of filesystem leads to: the way

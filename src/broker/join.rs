@@ -3,6 +3,7 @@
 use super::database::{Home, Identity};
 use super::filesystem::mount_of;
 use crate::planted::planted;
+use crate::segment::statx::statx;
 use crate::wire::message::{Join, Refusal, Role};
 use nix::fcntl::{AtFlags, FcntlArg, OFlag, fcntl};
 use nix::sys::stat::{FileStat, SFlag, fstat, fstatat};
@@ -131,11 +132,7 @@ fn home_of(
 /// is mounted over the name.
 fn mount_of_name(directory: &OwnedFd, name: &[u8]) -> Option<u64> {
     let name = std::ffi::CString::new(name).ok()?;
-    // SAFETY: statx is plain data for which all-zero is valid.
-    let mut stx: libc::statx = unsafe { std::mem::zeroed() };
     let flags = libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT;
-    // SAFETY: the name is NUL-terminated and the kernel writes one statx into `stx`.
-    let rc =
-        unsafe { libc::statx(directory.as_raw_fd(), name.as_ptr(), flags, libc::STATX_MNT_ID, &mut stx) };
-    (rc == 0 && stx.stx_mask & libc::STATX_MNT_ID != 0).then_some(stx.stx_mnt_id)
+    let stx = statx(directory.as_raw_fd(), &name, flags, libc::STATX_MNT_ID)?;
+    (stx.stx_mask & libc::STATX_MNT_ID != 0).then_some(stx.stx_mnt_id)
 }

@@ -5,6 +5,7 @@ pub mod demo;
 pub mod doctor;
 pub mod extension;
 pub mod generate;
+pub mod libc;
 mod linked;
 mod own_broker;
 mod processes;

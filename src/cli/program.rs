@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::libc::Libc;
 use super::run::elf::Elf;
 use super::run::inspect;
 use super::run::reports::hides_sqlite;
@@ -27,8 +28,10 @@ impl Kind {
         match &elf.interpreter {
             None if elf.is_go() => Kind::StaticGo,
             None => Kind::Static,
-            Some(_) if elf.is_musl() => Kind::Musl,
-            Some(_) => Kind::Glibc,
+            Some(_) => match Libc::of(elf) {
+                Libc::Glibc => Kind::Glibc,
+                Libc::Musl => Kind::Musl,
+            },
         }
     }
 

@@ -23,6 +23,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use super::extension;
+use super::libc::Libc;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -86,8 +87,8 @@ impl Failure {
 }
 
 fn start_and_follow(args: &RunArgs) -> Result<End, Failure> {
-    let (library, library_elf) = find_library()?;
     let program = find_program(&args.command[0])?;
+    let (library, library_elf) = find_library(&program)?;
     let obstacle = inspect::obstacle(&program, &library_elf);
     if let Some((object, obstacle)) = obstacle.as_ref().filter(|_| !args.anyway) {
         return Err(Failure::own(format!(
@@ -140,9 +141,13 @@ fn follow(child: &Child, signals: &Signals, reports: &mut Reports) -> End {
     }
 }
 
-/// The extension, which the dynamic linker must be able to load.
-fn find_library() -> Result<(PathBuf, Elf), Failure> {
-    let path = extension::find().map_err(Failure::own)?;
+/// The extension for the program's C library, which the dynamic linker must be able to load.
+fn find_library(program: &Path) -> Result<(PathBuf, Elf), Failure> {
+    let libc = inspect::libc_of(program);
+    let path = extension::find(libc).map_err(|why| match libc {
+        Some(Libc::Musl) => Failure::own(format!("{} runs on musl, and there is {why}", program.display())),
+        _ => Failure::own(why),
+    })?;
     // The dynamic linker has no way to quote them (ld.so(8)).
     if path.as_os_str().as_bytes().iter().any(|b| matches!(b, b' ' | b':')) {
         return Err(Failure::own(format!(
@@ -174,7 +179,11 @@ fn environment(library: &Path, report_address: &str) -> Vec<CString> {
     let ours = ["LD_PRELOAD", "TURNSTILE_RUN", reports::ADDRESS_VARIABLE];
     let mut env: Vec<(OsString, OsString)> =
         std::env::vars_os().filter(|(name, _)| !ours.iter().any(|o| name == o)).collect();
-    env.push(("LD_PRELOAD".into(), preload(library.as_os_str(), std::env::var_os("LD_PRELOAD").as_deref())));
+    let preloaded = extension::preload_path(library);
+    env.push((
+        "LD_PRELOAD".into(),
+        preload(preloaded.as_os_str(), std::env::var_os("LD_PRELOAD").as_deref()),
+    ));
     env.push(("TURNSTILE_RUN".into(), "1".into()));
     env.push((reports::ADDRESS_VARIABLE.into(), report_address.into()));
     if std::env::var_os("TURNSTILE_BIN").is_none()

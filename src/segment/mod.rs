@@ -20,5 +20,6 @@ pub mod memfd;
 pub mod names;
 #[cfg(not(feature = "loom"))]
 mod offsets;
+pub mod statx;
 pub mod supervision;
 pub mod wal_index;

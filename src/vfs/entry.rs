@@ -35,6 +35,21 @@ pub unsafe extern "C" fn sqlite3_turnstile_init(
     }
 }
 
+/// SQLite makes the entry point's name of the letters of the file's: here `libturnstile-musl.so`.
+///
+/// # Safety
+/// As [`sqlite3_turnstile_init`].
+#[cfg(target_env = "musl")]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn sqlite3_turnstilemusl_init(
+    db: *mut ffi::sqlite3,
+    message: *mut *mut c_char,
+    routines: *const c_void,
+) -> c_int {
+    // SAFETY: by contract.
+    unsafe { sqlite3_turnstile_init(db, message, routines) }
+}
+
 /// The same as an auto-extension, run for every connection that opens: `turnstile run` and the turnstile program
 /// itself. Returns plain `SQLITE_OK`, anything else would fail the open.
 ///

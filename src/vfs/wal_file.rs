@@ -9,6 +9,7 @@
 
 use crate::segment::atomic::SeqCst;
 use crate::segment::layout::CheckpointWords;
+use crate::segment::statx::statx;
 use crate::segment::wal_index::Header;
 use libsqlite3_sys as ffi;
 use nix::errno::Errno;
@@ -146,9 +147,5 @@ fn sync_data(fd: RawFd, inode: u64) -> Option<c_int> {
 /// By statx(2), asked for nothing else: whoever asks for times (fstat(2) does) makes the next write change them, on Linux
 /// 6.13 and later, and the next sync a third slower.
 fn inode_of(fd: RawFd) -> Option<u64> {
-    // SAFETY: plain data for which all-zero is valid.
-    let mut found: libc::statx = unsafe { std::mem::zeroed() };
-    // SAFETY: an empty path with AT_EMPTY_PATH, and room for the answer; any number is a valid argument.
-    let rc = unsafe { libc::statx(fd, c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_INO, &mut found) };
-    (rc == 0).then_some(found.stx_ino)
+    Some(statx(fd, c"", libc::AT_EMPTY_PATH, libc::STATX_INO)?.stx_ino)
 }

@@ -21,6 +21,8 @@ static double now(void) {
 static sqlite3 *open_database(const char *path) {
     sqlite3 *db = NULL;
     if (sqlite3_open(path, &db) != SQLITE_OK) fail(db, "open");
+    const char *timeout = getenv("WORKER_TIMEOUT"); /* ms */
+    if (timeout) sqlite3_busy_timeout(db, atoi(timeout));
     return db;
 }
 

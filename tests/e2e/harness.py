@@ -346,8 +346,9 @@ class PlainShell:
             shell.run("BEGIN; SELECT count(*) FROM rows")
     """
 
-    def __init__(self, path, env=None):
-        self.process = subprocess.Popen([SHELL, "-batch", "-noheader", "-separator", "\x1f", path],
+    def __init__(self, path, env=None, command=None):
+        """`command`: another shell than Debian's, in batch mode and with its separator, on another path, maybe."""
+        self.process = subprocess.Popen(command or [SHELL, "-batch", "-noheader", "-separator", "\x1f", path],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                         env=plain_env() if env is None else env)
         self.count = 0

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cli::extension;
 use crate::cli::processes::{Process, Signals, Stop, cleaned};
+use crate::cli::run::inspect;
 
 /// A program that is found answers in a moment; one that does not is not waited for.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
@@ -52,8 +53,12 @@ const INSTALL_PYTHON: &str = "apt install python3 (Debian, Ubuntu), dnf install 
 impl Programs {
     pub fn find(signals: &Signals) -> Result<Programs, Stop> {
         let turnstile = env::current_exe().map_err(Stop::doing("cannot find this program's own file"))?;
-        let library = extension::find().map_err(Stop::Failed)?;
-        Ok(Programs { turnstile, library, shell: find_shell(signals)?, python: find_python(signals)? })
+        let (shell, python) = (find_shell(signals)?, find_python(signals)?);
+        // Both are of one system, and so of one C library.
+        let found = shell.as_ref().or(python.as_ref()).ok();
+        let libc = found.and_then(|found| inspect::libc_of(&found.path));
+        let library = extension::find(libc).map_err(Stop::Failed)?;
+        Ok(Programs { turnstile, library, shell, python })
     }
 }
 

@@ -1,8 +1,7 @@
 //! A command that is to use the database: can `turnstile run` reach it, which SQLite has it, can it load extensions?
 
-use std::ffi::{CStr, CString, OsString, c_char, c_int, c_void};
+use std::ffi::OsString;
 use std::fs::File;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -10,6 +9,7 @@ use std::time::Duration;
 use super::findings::Findings;
 use super::versions;
 use crate::cli::extension;
+use crate::cli::libc::Libc;
 use crate::cli::program::{Kind, Program, Sqlite, output_within};
 use crate::cli::run::elf::Elf;
 use crate::cli::run::inspect;
@@ -87,7 +87,17 @@ const LINKED_IN: &str = "it has SQLite linked in: under `turnstile run` it waits
 /// By `turnstile run`, or by loading the extension.
 fn reach(path: &Path, program: &Program, known: Option<&Known>, findings: &mut Findings) {
     let linked_in = program.sqlite == Sqlite::LinkedIn || known.is_some_and(|k| k.library.is_none());
-    let library = extension::find().ok().and_then(|library| Elf::read(&File::open(library).ok()?).ok()?);
+    let libc = inspect::libc_of(path);
+    let library = match extension::find(libc) {
+        Err(why) if libc == Some(Libc::Musl) => {
+            let what = format!(
+                "`turnstile run` does not reach {}: it runs on musl, and there is {why}",
+                program.path.display()
+            );
+            return findings.problem("command-unreached", what, "docs/installing.md says how that is had");
+        }
+        found => found.ok().and_then(|library| Elf::read(&File::open(library).ok()?).ok()?),
+    };
     let obstacle = library.and_then(|library| inspect::obstacle(path, &library));
     let loads = known.is_some_and(|known| known.loads_extensions);
     match obstacle {
@@ -152,26 +162,11 @@ fn questions(path: &Path) -> Option<&'static [&'static str]> {
     found.map(|(_, questions)| *questions)
 }
 
-/// Asks the library itself, which is loaded beside this program's own SQLite and opens nothing.
+/// By what the library's file says: it may be the other C library's, and a static program can load none.
 fn of_library(path: &Path) -> Option<Known> {
-    type Version = unsafe extern "C" fn() -> *const c_char;
-    type Used = unsafe extern "C" fn(*const c_char) -> c_int;
-    let name = CString::new(path.as_os_str().as_bytes()).ok()?;
-    // SAFETY: libsqlite3's initialisers do nothing but what every program that is linked with it has done; its names
-    // stay its own (RTLD_LOCAL). Both functions are as sqlite3.h declares them, need no sqlite3_initialize, and return
-    // static strings and numbers. It stays loaded.
-    unsafe {
-        let library = libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL);
-        let symbol = |symbol: &CStr| -> Option<*mut c_void> {
-            let found = (!library.is_null()).then(|| libc::dlsym(library, symbol.as_ptr()))?;
-            (!found.is_null()).then_some(found)
-        };
-        let version: Version = std::mem::transmute(symbol(c"sqlite3_libversion")?);
-        let version = CStr::from_ptr(version()).to_string_lossy().into_owned();
-        let omitted = symbol(c"sqlite3_compileoption_used").is_some_and(|used| {
-            let used: Used = std::mem::transmute(used);
-            used(c"OMIT_LOAD_EXTENSION".as_ptr()) != 0
-        });
-        Some(Known { version, library: Some(path.to_owned()), loads_extensions: !omitted })
-    }
+    let file = inspect::open_regular(path).ok()?;
+    let elf = Elf::read(&file).ok()??;
+    let version = elf.text(&file, "sqlite3_version").ok()??;
+    let loads_extensions = elf.defines(&file, "sqlite3_load_extension").ok()?;
+    Some(Known { version, library: Some(path.to_owned()), loads_extensions })
 }

@@ -9,6 +9,7 @@ use std::path::Path;
 
 use serde_json::Value;
 use turnstile::segment::gate;
+use turnstile::segment::statx::statx;
 
 use super::broker::Broker;
 use super::findings::Findings;
@@ -222,12 +223,8 @@ fn scan(file: &Database) -> Seen {
 /// asked, because one of FUSE may never answer.
 fn identity(descriptor: &Path) -> Option<(u64, u64)> {
     let path = CString::new(descriptor.as_os_str().as_bytes()).ok()?;
-    // SAFETY: statx is plain data for which all-zero is valid.
-    let mut stx: libc::statx = unsafe { std::mem::zeroed() };
-    let (flags, mask) = (libc::AT_STATX_DONT_SYNC, libc::STATX_INO);
-    // SAFETY: the name is NUL-terminated and the kernel writes one statx into `stx`.
-    let rc = unsafe { libc::statx(libc::AT_FDCWD, path.as_ptr(), flags, mask, &mut stx) };
-    (rc == 0).then(|| (libc::makedev(stx.stx_dev_major, stx.stx_dev_minor), stx.stx_ino))
+    let stx = statx(libc::AT_FDCWD, &path, libc::AT_STATX_DONT_SYNC, libc::STATX_INO)?;
+    Some((libc::makedev(stx.stx_dev_major, stx.stx_dev_minor), stx.stx_ino))
 }
 
 /// `lock: 1: OFDLCK  ADVISORY  WRITE -1 fe:00:1234 1073741824 1073742335` (proc(5)).

@@ -10,6 +10,7 @@ use turnstile::vfs::build::{Identity, SECTION};
 use super::broker::Broker;
 use super::findings::Findings;
 use crate::cli::extension;
+use crate::cli::libc::Libc;
 use crate::cli::run::elf::Elf;
 
 pub fn look(broker: Option<&Broker>, database: Option<&Value>, findings: &mut Findings) {
@@ -22,7 +23,7 @@ pub fn look(broker: Option<&Broker>, database: Option<&Value>, findings: &mut Fi
             own.version, own.protocol, own.layout
         ),
     );
-    extension_of(&own, findings);
+    extensions(&own, findings);
     if let Some(broker) = broker.filter(|broker| broker.version() != own.version) {
         findings.warning(
             "broker-version",
@@ -34,14 +35,22 @@ pub fn look(broker: Option<&Broker>, database: Option<&Value>, findings: &mut Fi
     members(database, findings);
 }
 
-/// The extension that this program hands to others.
-fn extension_of(own: &Identity, findings: &mut Findings) {
-    let path = match extension::find() {
-        Ok(path) => path,
-        Err(e) => return findings.problem("extension-missing", e, "install the two together"),
-    };
+/// The extension that this program hands to others; musl's, too, if there are two.
+fn extensions(own: &Identity, findings: &mut Findings) {
+    match extension::find(None) {
+        Ok(path) => {
+            extension_of(own, &path, findings);
+            if let Some(second) = extension::find(Some(Libc::Musl)).ok().filter(|second| *second != path) {
+                extension_of(own, &second, findings);
+            }
+        }
+        Err(e) => findings.problem("extension-missing", e, "install the two together"),
+    }
+}
+
+fn extension_of(own: &Identity, path: &Path, findings: &mut Findings) {
     let name = path.display();
-    match identity(&path) {
+    match identity(path) {
         Some(found) if found == *own => findings.ok("extension", format!("extension: {name}, of the same version")),
         Some(Identity { version, protocol, layout }) => findings.problem(
             "extension-version",

@@ -11,6 +11,8 @@ use std::path::PathBuf;
 
 use super::search::found_in;
 
+mod symbols;
+
 /// Nothing that is read here is larger in a real file (the largest: the dynamic symbols' names).
 const LARGEST_TABLE: u64 = 64 << 20;
 
@@ -26,15 +28,6 @@ pub struct Machine {
     pub big: bool,
     /// `e_machine`.
     pub number: u16,
-}
-
-/// How the file takes part in calls of `sqlite3_open*`, by its dynamic symbols.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct OpenSymbols {
-    /// It offers them to other objects.
-    pub defined: bool,
-    /// It calls another object's.
-    pub undefined: bool,
 }
 
 /// An ELF executable or shared object.
@@ -72,7 +65,6 @@ const PT_LOAD: u32 = 1;
 const PT_DYNAMIC: u32 = 2;
 const PT_INTERP: u32 = 3;
 const SHT_NOBITS: u32 = 8;
-const SHT_DYNSYM: u32 = 11;
 const DT_NEEDED: u64 = 1;
 const DT_STRTAB: u64 = 5;
 const DT_STRSZ: u64 = 10;
@@ -147,58 +139,10 @@ impl Elf {
         self.sections.iter().any(|s| s.name == ".note.go.buildid" || s.name == ".go.buildinfo")
     }
 
-    /// Runs on musl's dynamic linker, or is a library for it. Its C library is called `libc.so` upstream and
-    /// `libc.musl-*.so.1` in Alpine; glibc's `libc.so.6`.
-    pub fn is_musl(&self) -> bool {
-        match &self.interpreter {
-            Some(path) => path.to_string_lossy().contains("ld-musl"),
-            None => self.needed.iter().any(|n| n == "libc.so" || n.starts_with("libc.musl-")),
-        }
-    }
-
     /// The content of the section of this name.
     pub fn section(&self, file: &File, name: &str) -> io::Result<Option<Vec<u8>>> {
         let found = self.sections.iter().find(|s| s.name == name && s.kind != SHT_NOBITS);
         found.map(|s| table(file, s.offset, s.size)).transpose()
-    }
-
-    /// How it defines or uses `sqlite3_open`, `sqlite3_open_v2` and `sqlite3_open16`.
-    pub fn open_symbols(&self, file: &File) -> io::Result<OpenSymbols> {
-        let mut found = OpenSymbols::default();
-        self.each_symbol(file, |name, undefined| {
-            let Some(rest) = name.strip_prefix(b"sqlite3_open") else { return };
-            if [&b""[..], b"_v2", b"16"].contains(&rest) {
-                found.defined |= !undefined;
-                found.undefined |= undefined;
-            }
-        })?;
-        Ok(found)
-    }
-
-    /// It calls another object's function of one of these names.
-    pub fn calls(&self, file: &File, names: &[&str]) -> io::Result<bool> {
-        let mut found = false;
-        self.each_symbol(file, |name, undefined| {
-            found |= undefined && names.iter().any(|n| n.as_bytes() == name);
-        })?;
-        Ok(found)
-    }
-
-    /// Its dynamic symbols: their names, and whether they are another object's.
-    fn each_symbol(&self, file: &File, mut seen: impl FnMut(&[u8], bool)) -> io::Result<()> {
-        let Some(symbols) = self.sections.iter().find(|s| s.kind == SHT_DYNSYM) else { return Ok(()) };
-        let names = self.sections.get(symbols.link as usize).ok_or_else(malformed)?;
-        let names = table(file, names.offset, names.size)?;
-        // Elf64_Sym: name, info, other, shndx, value, size. Elf32_Sym: name, value, size, info, other, shndx.
-        let (size, section_at) = if self.machine.wide { (24, 6) } else { (16, 14) };
-        for symbol in table(file, symbols.offset, symbols.size)?.chunks_exact(size) {
-            let name = self.machine.number_at(symbol, 0, 4)? as usize;
-            let name = names.get(name..).and_then(|n| n.split(|b| *b == 0).next());
-            if let Some(name) = name {
-                seen(name, self.machine.number_at(symbol, section_at, 2)? == 0);
-            }
-        }
-        Ok(())
     }
 
     /// Where constants such as strings lie: the sections for them, or all that is loaded if the file has lost

@@ -12,6 +12,7 @@ use nix::sys::statvfs::{FsFlags, fstatvfs};
 use nix::unistd::{AccessFlags, access, geteuid, getgid, getuid};
 
 use super::elf::{Elf, Machine};
+use crate::cli::libc::Libc;
 
 /// Why `LD_PRELOAD` has no effect in a program.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -58,7 +59,10 @@ impl Obstacle {
                  becomes, on a copy without the bit or the capabilities."
             }
             Obstacle::Machine { .. } => "Install the turnstile library that is built for that machine.",
-            Obstacle::Libc { .. } => "Install the turnstile library that is built for that C library.",
+            Obstacle::Libc { .. } => {
+                "Put turnstile's library for that C library (libturnstile.so for glibc, libturnstile-musl.so for musl) \
+                 beside the other one, or name it in TURNSTILE_LIB."
+            }
         }
     }
 }
@@ -113,6 +117,12 @@ pub fn obstacle(path: &Path, library: &Elf) -> Option<(PathBuf, Obstacle)> {
     judge(&elf, &program, &file, library).map(|o| (program, o))
 }
 
+/// The C library that the program that `path` starts runs on, if it can be read and is no static one.
+pub fn libc_of(path: &Path) -> Option<Libc> {
+    let (_, _, elf) = started(path)?;
+    elf.interpreter.is_some().then(|| Libc::of(&elf))
+}
+
 /// The program that starts when `path` is executed: the file itself, or the interpreter that it names.
 pub fn started(path: &Path) -> Option<(PathBuf, File, Elf)> {
     let mut program = path.to_owned();
@@ -152,7 +162,6 @@ fn interpreter(file: &File) -> Option<PathBuf> {
 }
 
 fn judge(elf: &Elf, path: &Path, file: &File, library: &Elf) -> Option<Obstacle> {
-    let libc = |musl| if musl { "musl" } else { "glibc" };
     if elf.machine != library.machine {
         return Some(Obstacle::Machine { theirs: name(elf.machine), ours: name(library.machine) });
     }
@@ -164,8 +173,9 @@ fn judge(elf: &Elf, path: &Path, file: &File, library: &Elf) -> Option<Obstacle>
     if elf.interpreter.is_none() {
         return Some(if elf.is_go() { Obstacle::StaticGo } else { Obstacle::Static });
     }
-    if elf.is_musl() != library.is_musl() {
-        return Some(Obstacle::Libc { theirs: libc(elf.is_musl()), ours: libc(library.is_musl()) });
+    let (theirs, ours) = (Libc::of(elf), Libc::of(library));
+    if theirs != ours {
+        return Some(Obstacle::Libc { theirs: theirs.name(), ours: ours.name() });
     }
     if !privileges_apply(file) {
         return None;

@@ -35,6 +35,7 @@ use nix::unistd::geteuid;
 
 use super::elf::Elf;
 use super::inspect::open_regular;
+use crate::cli::libc::Libc;
 
 /// The environment variable that tells the library where to report.
 pub const ADDRESS_VARIABLE: &str = "TURNSTILE_RUN_REPORT";
@@ -80,8 +81,11 @@ impl Reports {
         let random = std::hash::RandomState::new().build_hasher().finish();
         let name = format!("turnstile-run-{}-{random:016x}", std::process::id());
         bind(socket.as_raw_fd(), &UnixAddr::new_abstract(name.as_bytes())?)?;
-        // A `turnstile` that the command starts has a SQLite linked in, and no need to be reached.
-        let own = std::fs::metadata("/proc/self/exe").map(|meta| (meta.dev(), meta.ino()));
+        // A `turnstile` that the command starts has a SQLite linked in, and no need to be reached. The library, by
+        // whichever name and for either C library, has none.
+        let beside = [Libc::Glibc, Libc::Musl].map(|libc| library.with_file_name(libc.library()));
+        let own = [Path::new("/proc/self/exe"), library, &beside[0], &beside[1]];
+        let own = own.into_iter().filter_map(|path| std::fs::metadata(path).ok());
         Ok(Reports {
             socket,
             address: format!("@{name}"),
@@ -90,7 +94,7 @@ impl Reports {
             heard: false,
             queued: VecDeque::new(),
             names: HashSet::new(),
-            files: own.into_iter().collect(),
+            files: own.map(|meta| (meta.dev(), meta.ino())).collect(),
             said: HashSet::new(),
             looks: VecDeque::new(),
         })
