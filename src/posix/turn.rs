@@ -20,12 +20,16 @@ const LEASE: Duration = Duration::from_millis(10);
 const SOON: Duration = Duration::from_millis(50);
 /// SQLite's own busy handler sleeps no longer.
 const LONGEST_SLEEP: Duration = Duration::from_millis(100);
-/// A wait may last longer than the sleep that was asked for: who leaves the line loses its place.
-const LEAST_WAIT: Duration = Duration::from_millis(250);
+/// Waits may last longer than the sleeps that were asked for, because who leaves the line loses its place: so much
+/// longer, all that one busy handler asks for taken together. It counts what it asks for, and keeps to its limit.
+const OVERTIME: Duration = Duration::from_millis(500);
 
 thread_local! {
     /// What this thread was last refused, and when.
     static REFUSED: RefCell<Option<(Weak<Database>, Missing, Instant)>> = const { RefCell::new(None) };
+    /// By how much the sleeps of the busy handler that sleeps again and again have been exceeded, and when the last one
+    /// was over.
+    static EXCEEDED: Cell<Option<(Duration, Instant)>> = const { Cell::new(None) };
 }
 
 /// What would have had to be waited for.
@@ -58,7 +62,22 @@ pub fn sleep(asked: Duration, caller: usize) -> bool {
     }
     let Some(database) = database.upgrade() else { return false };
     // The busy handler's, not the application's.
-    database.library == object_of(caller) && wait(&database, what, asked.max(LEAST_WAIT))
+    if database.library != object_of(caller) {
+        return false;
+    }
+    let exceeded = EXCEEDED.try_with(Cell::take).ok().flatten();
+    let exceeded = exceeded.filter(|(_, since)| since.elapsed() < SOON).map_or(Duration::ZERO, |(by, _)| by);
+    let limit = asked + OVERTIME.saturating_sub(exceeded);
+    let begun = Instant::now();
+    let slept = wait(&database, what, limit);
+    let took = begun.elapsed();
+    let exceeded = match slept {
+        true if took < limit || planted("overtime-for-each-sleep") => None, // it has got what it waited for
+        true => Some(exceeded + took.saturating_sub(asked)),
+        false => Some(exceeded),
+    };
+    let _ = EXCEEDED.try_with(|e| e.set(exceeded.map(|by| (by, Instant::now()))));
+    slept
 }
 
 fn wait(database: &Arc<Database>, what: Missing, limit: Duration) -> bool {

@@ -352,6 +352,26 @@ print("done", flush=True); sys.stdin.readline()
 
 
 @waits
+@fails_without("overtime-for-each-sleep")
+def test_a_busy_timeout_is_kept_to_half_a_second():
+    """Thirteen sleeps of SQLite's busy handler; each of them may not last half a second longer."""
+    code = """
+db = connect(sys.argv[1], 300)
+begun = time.monotonic()
+try: db.execute("INSERT INTO rows VALUES('waiter', 0)")
+except apsw.BusyError: print(time.monotonic() - begun, flush=True)
+"""
+    with Broker() as broker:
+        db = create(broker.path("app.db"))
+        holder = harness.connect(db, broker=broker, mode="gated")
+        holder.execute("BEGIN IMMEDIATE")
+        waited = float(apsw(broker, code, db).stdout)
+        assert 0.25 < waited < 2.0, waited
+        holder.execute("COMMIT")
+        holder.close()
+
+
+@waits
 @fails_without("lane-reads-before-sync")
 def test_a_reader_does_not_see_what_is_not_durable():
     """A member with the extension publishes its commit before its sync, which takes nearly a second here."""
