@@ -7,10 +7,11 @@ pub mod places;
 use std::time::Duration;
 use tempfile::TempDir;
 
-/// A directory in memory, if there is one.
+/// A directory where tests/fuzz says, which removes it: libFuzzer ends a process without its destructors. Else in memory.
 pub fn directory() -> TempDir {
     let builder = |at: &str| tempfile::Builder::new().prefix("turnstile-fuzz-").tempdir_in(at);
-    builder("/dev/shm").or_else(|_| builder("/tmp")).expect("a directory for a few small files")
+    let at = std::env::var("TURNSTILE_FUZZ_DIRECTORY").unwrap_or_else(|_| "/dev/shm".into());
+    builder(&at).or_else(|_| builder("/tmp")).expect("a directory for a few small files")
 }
 
 /// How many descriptors this process has.
