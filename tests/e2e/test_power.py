@@ -175,6 +175,35 @@ def test_a_failed_sync_of_the_wal_fails_its_commit():
         check_rows(record.path("app.db"), broker.record)
 
 
+def fail_twice(w):
+    """The WAL is begun anew; the syncs of its first commit fail, and of the one after that."""
+    db = w.connect()
+    db.execute("PRAGMA synchronous=FULL")
+    db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    # Before each there is one of the WAL's header. An order does not count what another one has let fail.
+    for skip in (1, 2):
+        recording.order(recording.SYNC, "-wal", errno.EIO, skip=skip, pid=os.getpid())
+    w.ready()
+    failed = w.more["failed"] = []
+    for seq in range(3):
+        try:
+            w.measure(lambda: db.execute("INSERT INTO rows VALUES(?, ?)", (w.id, seq)), seq)
+        except sqlite3.OperationalError as e:
+            failed.append(e.sqlite_errorname)
+    w.more["seen"] = [seq for seq, in db.execute("SELECT seq FROM rows")]
+    db.close()
+
+
+@fails_without("empty-wal-not-cut")
+def test_two_failed_syncs_at_the_beginning_of_a_wal():
+    """Neither commit comes back: the third would stand behind frames that the kernel has given up."""
+    with recording.Recording() as record, Broker(env=record.env) as broker:
+        run_recorded(record, broker, 1, prepare)
+        [result] = run_recorded(record, broker, 1, fail_twice)
+        assert result["failed"] == ["SQLITE_IOERR_FSYNC"] * 2, result["failed"]
+        assert result["seen"] == [2], result["seen"]
+
+
 def test_a_full_disk_fails_writers_and_nobody_else():
     """While no write to the WAL succeeds, writers get SQLITE_FULL at once and read what was there; then all go on."""
     with recording.Recording() as record, Broker(env=record.env) as broker:
