@@ -9,6 +9,7 @@ use crate::lock::park::Parking;
 use crate::lock::rules::Attempt;
 use crate::lock::seat::{LEAST_STREAK_MICROS, Own, Seat};
 use crate::lock::table::Table;
+use crate::lock::unused::take_back_own_guess;
 use crate::lock::{Ask, SeatId, Verdict};
 use crate::segment::atomic::SeqCst;
 use crate::segment::futex;
@@ -127,6 +128,11 @@ impl FastLane {
 }
 
 impl Member {
+    /// See [`take_back_own_guess`].
+    pub fn takes_back_own_guess(&self) -> bool {
+        self.with_seat(|_, seat| take_back_own_guess(seat.turn(), seat.thread)).unwrap_or(false)
+    }
+
     /// Its streaks may be so many microseconds longer than others'.
     pub fn streaks_longer(&self, micros: u64) {
         if let Some(fast) = &self.fast {

@@ -74,6 +74,13 @@ pub fn unused(turn: Turn<'_>, guest: bool, used: impl Fn(SeatId) -> bool) -> Opt
     })
 }
 
+/// Takes back a turn that the same thread has on another connection, for a transaction that is only likely to write. It
+/// cannot go on before this thread's wait is over. False: the turn is another's, or used.
+pub fn take_back_own_guess(turn: Turn<'_>, thread: u32) -> bool {
+    let own = unused(turn, false, |_| false).filter(|u| u.guessed && u.thread == thread);
+    own.is_some_and(|u| !planted("own-guess-stays") && turn.revoke(u.seat, || uses(turn, u.seat)))
+}
+
 /// The seat has a write lock.
 pub fn uses(turn: Turn<'_>, seat: SeatId) -> bool {
     turn.table.slot_owner(slot::WRITE) == Some(seat) || turn.table.file_write_held(seat)

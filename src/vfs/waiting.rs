@@ -171,6 +171,9 @@ impl MainFile {
         let blocker = std::cell::RefCell::new(None);
         let mut outcome = member.lock(ask, connection, || {
             hopeless = self.activity.waits_for_itself(ask, &mut idle);
+            if hopeless && member.takes_back_own_guess() {
+                (hopeless, idle) = (false, Idle::default());
+            }
             let over = hopeless || enough() || wait.is_over(self);
             if over {
                 blocker.replace(member.blocker());

@@ -384,6 +384,28 @@ def test_the_limit_is_busy_timeout_when_it_was_given():
         holder.close()
 
 
+@fails_without("own-guess-stays", message="locked")
+def test_a_connection_that_only_reads_is_in_nobodys_way():
+    """Two connections on one thread: a transaction took its turn with its first read, because one before it was refused its
+    write. The other connection writes meanwhile, as it may on plain SQLite."""
+    with Broker() as broker:
+        db = create(broker.path("app.db"))
+        first, second = connect(db, broker=broker, mode="gated"), connect(db, mode="gated")
+        for seq in range(4):
+            second.execute("BEGIN")
+            before = second.execute("SELECT count(*) FROM rows").fetchall()
+            first.execute("INSERT INTO rows VALUES('first', ?)", (seq,))
+            assert second.execute("SELECT count(*) FROM rows").fetchall() == before == [(seq,)]
+            try:
+                second.execute("INSERT INTO rows VALUES('second', ?)", (seq,))
+                raise AssertionError("its snapshot was stale")
+            except sqlite3.OperationalError as e:
+                assert is_busy(e), e
+            second.execute("ROLLBACK")
+        first.close()
+        second.close()
+
+
 @fails_without("turn-noted-for-good", message="locked")
 def test_a_connection_that_has_written_is_in_nobodys_way():
     """Two connections on one thread: the one that wrote a while ago is not what the other one waits for, and no
