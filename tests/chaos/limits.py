@@ -87,6 +87,9 @@ class Limits:
             # Refused in guest mode, as long as what was inherited over the fork is open: SQLite would take its parent's
             # locks for its own.
             return faults
+        if code == sqlite3.SQLITE_IOERR_DELETE_NOENT and log.slot.deck.main in ("left", "right"):
+            # As CANTOPEN below, when both have opened it: SQLite does not take the second removal for done (pager_delsuper).
+            return faults
         if self.allowed(log, kind, primary, since, until):
             return faults
         return [*faults, f"{log.slot.name} ({log.worker}) at {since - self.round.started:.3f}, work {seq}, {kind}, step "
