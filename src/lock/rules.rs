@@ -238,6 +238,7 @@ impl Seat<'_> {
         }
         self.granted(false)
     }
+
     /// A reader asks for WRITE: whoever has the turn will make its snapshot stale, so waiting cannot help. But the
     /// broker's checkpointer commits nothing and lets go by itself; nobody may be told of it by a BUSY.
     fn upgrade(&self) -> Upgrade {

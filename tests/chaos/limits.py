@@ -83,14 +83,7 @@ class Limits:
                                   f"{kind}: BUSY after {until - since:.3f} s: {line} ({code})")
             return faults
         self.other[kind, primary] += 1
-        if primary == CANTOPEN and seq < 0 and step < 0 and log.slot.deck.main == "mixed":
-            # Refused in guest mode, as long as what was inherited over the fork is open: SQLite would take its parent's
-            # locks for its own.
-            return faults
-        if code == sqlite3.SQLITE_IOERR_DELETE_NOENT and log.slot.deck.main in ("left", "right"):
-            # As CANTOPEN below, when both have opened it: SQLite does not take the second removal for done (pager_delsuper).
-            return faults
-        if self.allowed(log, kind, primary, since, until):
+        if self.allowed(log, kind, seq < 0, code, since, until):
             return faults
         return [*faults, f"{log.slot.name} ({log.worker}) at {since - self.round.started:.3f}, work {seq}, {kind}, step "
                          f"{step}: {message} ({code})"]
@@ -112,7 +105,8 @@ class Limits:
     def gone(self, since, until):
         return any(since < b + AFTER and until > a for a, b in self.round.away)
 
-    def allowed(self, log, kind, primary, since, until):
+    def allowed(self, log, kind, child, code, since, until):
+        primary = code & 255
         if primary in (CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_MISUSE, sqlite3.SQLITE_INTERNAL):
             return False
         if primary == LOCKED and kind == "checkpoint" and log.slot.deck.main == "switch":
@@ -121,9 +115,13 @@ class Limits:
             return True
         if primary in (LOCKED, SCHEMA, PROTOCOL):
             return log.slot.how == "plain" or log.slot.deck.main == "mixed"
-        if primary == CANTOPEN and log.slot.deck.main in ("left", "right"):
+        if (primary == CANTOPEN or code == sqlite3.SQLITE_IOERR_DELETE_NOENT) and log.slot.deck.main in ("left", "right"):
             # Two that roll back the two files of one dead transaction both look for its super-journal, and the first removes
-            # it before the second opens it (pager.c, pager_delsuper).
+            # it before the second opens it, or removes it (pager.c, pager_delsuper).
+            return True
+        if primary == CANTOPEN and child and kind == "open" and log.slot.deck.main == "mixed":
+            # Refused in guest mode, as long as what was inherited over the fork is open: SQLite would take its parent's
+            # locks for its own.
             return True
         if log.slot.deck.main == "small" and primary in (FULL, IOERR, CANTOPEN):
             if any(since < b + AFTER and until > a for a, b in self.round.full):

@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 import unittest
+from unittest import mock
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
@@ -812,6 +813,15 @@ def fails_without(rule, attempts=1, message=None):
         test.planted_attempts = attempts
         return test
     return decorate
+
+
+@contextlib.contextmanager
+def planted_build():
+    """In the build in which rules can be taken away (`TURNSTILE_PLANTED`)."""
+    if not os.path.exists(os.path.join(planted_target(), "libturnstile.so")):
+        raise Skip("no planted build")
+    with mock.patch.dict(os.environ, {"TURNSTILE_TARGET": planted_target()}):
+        yield
 
 
 def planted_run(body, rule, attempts, message, limit):

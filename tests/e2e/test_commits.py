@@ -10,7 +10,7 @@ import sys
 import time
 
 import harness
-from harness import Broker, Skip, Workers, check_rows, create, fails_without, plain
+from harness import Broker, Workers, check_rows, create, fails_without, plain
 
 sys.path.insert(0, os.path.join(harness.ROOT, "tests", "power"))
 import recording  # noqa: E402
@@ -133,11 +133,7 @@ def insert_and_stop(w):
 
 @fails_without("leader-waited-for")
 def test_a_stopped_leader_is_overtaken():
-    if not os.path.exists(os.path.join(harness.planted_target(), "libturnstile.so")):
-        raise Skip("no planted build")
-    before = os.environ.get("TURNSTILE_TARGET")
-    os.environ["TURNSTILE_TARGET"] = harness.planted_target()
-    try:
+    with harness.planted_build():
         with recording.Recording() as record, Broker(env=record.env) as broker:
             db = create(record.path("app.db"))
             with held(record, broker), under(record, broker, 1, insert_and_stop, rows=1) as stopped:
@@ -150,11 +146,6 @@ def test_a_stopped_leader_is_overtaken():
                 stopped.signal(0, signal.SIGCONT)
                 stopped.wait()
             check_rows(db, broker.record)
-    finally:
-        if before is None:
-            del os.environ["TURNSTILE_TARGET"]
-        else:
-            os.environ["TURNSTILE_TARGET"] = before
 
 
 def insert_again(w):

@@ -162,11 +162,7 @@ def on_lanes(w):
 
 def test_the_socket_lane_and_a_mixture_keep_the_same_rules():
     """In the build in which a member can be kept off the fast lane."""
-    if not os.path.exists(os.path.join(harness.planted_target(), "libturnstile.so")):
-        raise Skip("no planted build")
-    before = os.environ.get("TURNSTILE_TARGET")
-    os.environ["TURNSTILE_TARGET"] = harness.planted_target()
-    try:
+    with harness.planted_build():
         for lanes in ("socket", "mixed"):
             for journal in ("wal", "delete"):
                 with Broker() as broker:
@@ -177,11 +173,6 @@ def test_the_socket_lane_and_a_mixture_keep_the_same_rules():
                     # it is one.
                     assert all(r["worst_wait"] < 1 and r["committed"] > 0 for r in results), (lanes, results)
                     harness.check_rows(db, broker.record)
-    finally:
-        if before is None:
-            del os.environ["TURNSTILE_TARGET"]
-        else:
-            os.environ["TURNSTILE_TARGET"] = before
 
 
 def counter(w):

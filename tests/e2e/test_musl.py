@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from unittest import mock
 
 import harness
 from harness import (CACHE, CLIENTS, PYTHON, ROOT, SHELL, Broker, PlainShell, Programs, Skip, check_rows,
@@ -71,15 +72,8 @@ def target(program="turnstile", libraries=("libturnstile.so", "libturnstile-musl
             shutil.copy(from_both[source], os.path.join(place, name))
         if both:
             shutil.copytree(os.path.join(MUSL, "libturnstile.d"), os.path.join(place, "libturnstile.d"), symlinks=True)
-        before = os.environ.get("TURNSTILE_TARGET")
-        os.environ["TURNSTILE_TARGET"] = place
-        try:
+        with mock.patch.dict(os.environ, {"TURNSTILE_TARGET": place}):
             yield place
-        finally:
-            if before is None:
-                del os.environ["TURNSTILE_TARGET"]
-            else:
-                os.environ["TURNSTILE_TARGET"] = before
 
 
 def here(program):
