@@ -35,10 +35,10 @@ fn say_leave(a: &Actor) {
 
 /// Closes the connection. The count that the seat rests under, if it does.
 fn close(a: &Actor) -> Option<u32> {
-    match a.table().rest(a.id, false) {
+    match a.table().rest(a.id) {
         Rest::Rests(count) => return Some(count),
         Rest::Last => say_leave(a),
-        Rest::Lingers(_) | Rest::Closed => {}
+        Rest::Closed => {}
     }
     None
 }
@@ -163,7 +163,7 @@ fn a_number_that_was_given_out_again_is_not_taken_back() {
                 }
                 clear(a, 1);
                 a.table().hand_out(1);
-                let Rest::Rests(count) = a.table().rest(1, false) else { panic!("seat 2 is in use") };
+                let Rest::Rests(count) = a.table().rest(1) else { panic!("seat 2 is in use") };
                 assert!(a.table().resume(1, count), "its own seat is taken by a stranger");
                 a.world.enter(1);
                 a.world.leave(1);
@@ -181,71 +181,12 @@ fn the_last_one_out_opens_the_gate_in_the_brokers_place() {
         }
     };
     check(&["closed-unasked"], || {
-        let rests = |w: &World| assert!(matches!(w.table().rest(3, false), Rest::Rests(0)));
+        let rests = |w: &World| assert!(matches!(w.table().rest(3), Rest::Rests(0)));
         scenario().setup(rests).seat(1, last_out).seat(2, last_out).seat(3, move |a| {
             if a.table().resume(3, 0) {
                 last_out(a);
             }
         })
-    });
-}
-
-/// That the broker has been told, in `World::mail` of two seats.
-const TOLD: usize = 2;
-
-/// Closes the connection of a database that may linger. The count that the seat rests under.
-fn close_for_a_while(a: &Actor) -> Option<u32> {
-    let told = &a.world.mail[TOLD];
-    match a.table().rest(a.id, true) {
-        Rest::Rests(count) => Some(count),
-        Rest::Lingers(count) => {
-            if Table::must_tell(told) {
-                post(BROKER);
-            }
-            Some(count)
-        }
-        Rest::Last => panic!("it lingers"),
-        Rest::Closed => None,
-    }
-}
-
-/// As `broker::linger` does it; its patience is any.
-fn patient_broker(a: &Actor) {
-    let told = &a.world.mail[TOLD];
-    let mut seats: Vec<SeatId> = vec![1, 2];
-    while !seats.is_empty() {
-        wait_for_post(BROKER);
-        if a.table().all_rest(told, seats.iter().copied()) {
-            seats.retain(|s| {
-                let closed = a.table().close_resting(*s);
-                if closed {
-                    clear(a, *s);
-                }
-                !closed
-            });
-        }
-    }
-    a.world.mail[GATE].store(1, SeqCst);
-}
-
-#[test]
-fn one_comes_back_to_a_database_that_lingers() {
-    check(&["forgets-after-the-look", "closed-unasked", "cleared-looks-used"], || {
-        let two = |w: &World| w.table().members.clear(3);
-        let once = |a: &Actor| {
-            use_it(a);
-            close_for_a_while(a);
-        };
-        let twice = |a: &Actor| {
-            use_it(a);
-            if let Some(count) = close_for_a_while(a)
-                && a.table().resume(a.id, count)
-            {
-                use_it(a);
-                close_for_a_while(a);
-            }
-        };
-        scenario().setup(two).seat(1, twice).seat(2, once).seat(BROKER as SeatId, patient_broker)
     });
 }
 

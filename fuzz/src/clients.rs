@@ -149,7 +149,7 @@ impl Bench {
             keeper: None,
             finder: None,
             receiver: None,
-            linger: Duration::ZERO,
+            reuse_wal: Duration::ZERO,
             replace: false,
             activated: None,
             ready: None,

@@ -39,7 +39,6 @@ pub enum Message {
     LetGo(Which, u8),
     WalFile(Which),
     WalGrew(Which),
-    Lingers(Which),
     Resume(u8),
     ClaimNothing(bool),
 }
@@ -102,7 +101,6 @@ impl Message {
             Message::LetGo(s, count) => ToBroker::LetGo { seat: seat(s), count: 4 * u32::from(count) },
             Message::WalFile(s) => ToBroker::WalFile { seat: seat(s) },
             Message::WalGrew(s) => ToBroker::WalGrew { seat: seat(s) },
-            Message::Lingers(s) => ToBroker::Lingers { seat: seat(s) },
             Message::Resume(byte) => ToBroker::Resume { id, token: [byte; 16] },
             Message::ClaimNothing(last) => ToBroker::Claim { id, seats: Vec::new(), last },
         }

@@ -150,6 +150,7 @@ pub fn take_back(broker: &Path) -> Result<Option<Left>, super::ServeError> {
             }
             FromKeeper::Kept(one) => kept.push((one, packet.fds)),
             FromKeeper::All => return Ok(Some(Left { keeper, pid, kept, listener })),
+            FromKeeper::Done(_) => {} // not asked for yet
         }
     }
 }
@@ -323,7 +324,6 @@ impl Server {
                 segment.control.go_on();
             }
             db.checkpoints.predecessor = true;
-            db.linger_as_before();
         }
         // Whoever waits has told the last broker.
         db.watch.watched = true;
@@ -354,7 +354,7 @@ impl Server {
                     word.store(0, SeqCst);
                 }
                 if !has_wal {
-                    words.wal_inode.store(0, SeqCst);
+                    words.wal_sent.store(0, SeqCst);
                 }
                 db.answer_writers();
             }

@@ -188,30 +188,20 @@ impl Server {
         if !self.may_checkpoint(number, Instant::now()) {
             return self.pause_checkpoints(number);
         }
-        self.order(number, &ToCheckpointer::Checkpoint { database: number });
+        self.order_checkpoint(number);
     }
 
-    /// Nobody has the database open, and it has lingered for long enough.
-    pub(super) fn settle(&mut self, number: u32) {
-        if !self.order(number, &ToCheckpointer::Settle { database: number }) {
-            self.settled(number, false);
-            self.drop_if_unused(number);
-        }
-    }
-
-    /// Asks the checkpointer for something that it will answer. False: there is none.
-    fn order(&mut self, number: u32, message: &ToCheckpointer) -> bool {
-        let Some(db) = self.databases.get_mut(&number) else { return false };
+    fn order_checkpoint(&mut self, number: u32) {
+        let Some(db) = self.databases.get_mut(&number) else { return };
         if !std::mem::replace(&mut db.checkpoints.introduced, true) {
             self.introduce(number);
         }
         let Some(db) = self.databases.get_mut(&number).filter(|d| d.checkpoints.unable.is_none()) else {
-            return false;
+            return;
         };
         db.checkpoints.since = Some(Instant::now());
-        let sent = self.checkpointer.send(message, &[]);
+        let sent = self.checkpointer.send(&ToCheckpointer::Checkpoint { database: number }, &[]);
         self.told(sent);
-        true
     }
 
     fn pause_checkpoints(&mut self, number: u32) {
@@ -220,12 +210,14 @@ impl Server {
         }
     }
 
-    /// The database's last member has left.
-    pub(super) fn end_checkpoints(&mut self, number: u32) {
-        if self.databases.get(&number).is_some_and(|d| d.checkpoints.introduced) {
+    /// The database's last member has left. True: the checkpointer says when it has closed what it has of it.
+    pub(super) fn end_checkpoints(&mut self, number: u32) -> bool {
+        let introduced = self.databases.get(&number).is_some_and(|d| d.checkpoints.introduced);
+        if introduced {
             let sent = self.checkpointer.send(&ToCheckpointer::Forget { database: number }, &[]);
             self.told(sent);
         }
+        introduced && self.checkpointer.running.is_some()
     }
 
     /// Something of the checkpointer's to read, or room to write.
@@ -247,6 +239,7 @@ impl Server {
             };
             match message {
                 FromCheckpointer::Done { database, outcome } => self.checkpoint_done(database, outcome),
+                FromCheckpointer::Forgotten { database } => self.checkpointer_forgot(Some(database)),
                 FromCheckpointer::Kick => {} // looked at in each turn of the loop
             }
         }
@@ -257,7 +250,6 @@ impl Server {
         let state = &mut db.checkpoints;
         let took = state.since.take().map(|since| since.elapsed());
         tracing::debug!(database = number, ?outcome, ?took, "checkpoint");
-        let settled = outcome == Outcome::Settled;
         match outcome {
             Outcome::Copied { frames, backfilled } => {
                 // Readers may stand in the way: not asked again at once.
@@ -267,7 +259,7 @@ impl Server {
                 state.done += 1;
                 state.paused = !moved;
             }
-            Outcome::Nothing | Outcome::Settled => state.paused = true,
+            Outcome::Nothing => state.paused = true,
             Outcome::Unable(reason) => db.leave_to_members(&reason),
             Outcome::SyncFailed(reason) => {
                 tracing::error!(database = ?db.identity, "{reason}: the segment is poisoned");
@@ -279,7 +271,6 @@ impl Server {
         if !db.checkpoints.paused {
             db.answer_writers();
         }
-        self.settled(number, settled);
         self.drop_if_unused(number);
     }
 
@@ -289,6 +280,7 @@ impl Server {
         let status = running.child.wait().map_or_else(|e| e.to_string(), |s| s.to_string());
         let _ = self.epoll.delete(&running.socket);
         let _ = self.epoll.delete(&running.pidfd);
+        self.checkpointer_forgot(None);
         if !running.replaced {
             self.blame(&status);
         }
@@ -313,7 +305,6 @@ impl Server {
             tracing::warn!("the checkpointer ended ({status}): another one is started");
         }
         for number in known {
-            self.settled(number, false);
             if self.databases.get(&number).is_some_and(|d| d.seats.is_empty()) {
                 self.drop_if_unused(number);
             } else if self.stopping.is_none() && !self.is_unable(number) {

@@ -1,7 +1,6 @@
 //! One database: its identity, its mode, its seats, its locks, its segment.
 
 use super::checkpoints::Checkpoints;
-use super::linger::Linger;
 use super::parking::Own;
 use super::waits::Watch;
 use crate::lock::SeatId;
@@ -153,7 +152,6 @@ pub struct Database {
     pub seats: BTreeMap<SeatId, Seat>,
     pub watch: Watch,
     pub checkpoints: Checkpoints,
-    pub linger: Linger,
     /// Waits that were ended because they closed a cycle, for `status`.
     pub deadlocks: u64,
     /// Turns taken back because their seat did not use them, likewise.
@@ -182,7 +180,6 @@ impl Database {
             seats: BTreeMap::new(),
             watch: Watch::default(),
             checkpoints: Checkpoints::default(),
-            linger: Linger::default(),
             deadlocks: 0,
             turns_revoked: 0,
         }

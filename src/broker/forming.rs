@@ -66,12 +66,6 @@ impl Server {
             return self.take_seats(number, forming.joins);
         }
         let place = self.listener.place();
-        let Candidate { home, identity, .. } = &first.candidate;
-        if self.name_is_taken(&home.clone(), *identity) && !planted("name-not-looked-at") {
-            forming.next_try = now + GATE_RETRY;
-            self.forming.push(forming);
-            return;
-        }
         let state = if gate::stands(&first.candidate.database) && !planted("other-gate-is-plain") {
             Err(other_gate(&first.candidate))
         } else if first.join.guest {
@@ -149,7 +143,7 @@ impl Server {
         self.keeping.database(number, &db);
         self.databases.insert(number, db);
         self.offer_checkpoints(number);
-        self.offer_linger(number);
+        self.recall(number);
         number
     }
 }

@@ -224,9 +224,6 @@ impl Server {
 
     /// Nobody is left, or only seats that rest: closed means closed.
     pub(super) fn drop_if_unused(&mut self, number: u32) {
-        if self.stays(number) {
-            return;
-        }
         let resting = self.databases.get(&number).filter(|_| !planted("the-resting-count"));
         for seat in resting.map(|db| db.close_all_resting()).unwrap_or_default() {
             self.clear_seat(SeatKey { database: number, seat });
@@ -238,10 +235,9 @@ impl Server {
         if !self.databases.get(&number).is_some_and(|d| d.seats.is_empty() && !d.checkpoints.is_busy()) {
             return;
         }
-        self.end_checkpoints(number);
+        let introduced = self.end_checkpoints(number);
         if let Some(db) = self.databases.remove(&number) {
-            self.unwatch(&db.linger);
-            self.lingering.closed(db.identity, db.linger.stranger_waits);
+            self.closed.note(db.identity, db.checkpoint_words().map_or(0, |w| w.ended.load(SeqCst)));
             tracing::info!(database = number, "closed: its last member left");
             if let State::Gated { gate, segment } = db.state {
                 // Processes whose seats rested have it mapped.
@@ -250,6 +246,8 @@ impl Server {
             }
             // Last: what it unlocks by itself it does when no broker is left.
             self.keeping.database_gone(number);
+            let keeper = self.departing.iter().any(|d| d.is_of(number)).then(|| self.keeping.ask()).flatten();
+            self.departs(number, keeper, introduced);
         }
     }
 }

@@ -9,7 +9,7 @@ use super::outbox::Outbox;
 use super::server::{KEEPER_SOCKET, Server};
 use super::session::Session;
 use crate::planted::planted;
-use crate::wire::keeper::{Kept, KeptDatabase, KeptHome, KeptSeat, KeptSession, ToKeeper};
+use crate::wire::keeper::{FromKeeper, Kept, KeptDatabase, KeptHome, KeptSeat, KeptSession, ToKeeper};
 use crate::wire::message::SeatKey;
 use crate::wire::socket;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -42,6 +42,8 @@ pub struct Keeping {
     failed: bool,
     /// How many changes it has been told of.
     told: u64,
+    /// How many answers it has been asked for.
+    asked: u64,
 }
 
 /// Where the next broker will knock.
@@ -169,6 +171,13 @@ impl Keeping {
         self.keep(Kept::Wal(number), &[wal]);
     }
 
+    /// Asks it to say when it has done all that it was told. The number of its answer; `None`: there is no keeper.
+    pub fn ask(&mut self) -> Option<u64> {
+        self.asked += 1;
+        self.tell(&ToKeeper::Ask(self.asked), &[]);
+        self.socket.as_ref().map(|_| self.asked)
+    }
+
     pub fn database_gone(&mut self, number: u32) {
         self.keep(Kept::DatabaseGone(number), &[]);
     }
@@ -270,8 +279,13 @@ impl Server {
         }
     }
 
-    /// Room to write, or its end: it says nothing.
+    /// An answer, room to write, or its end.
     pub(super) fn keeper_event(&mut self, flags: EpollFlags) {
+        while let Some(Ok(packet)) = self.keeping.socket.as_ref().map(socket::receive) {
+            if let Ok(FromKeeper::Done(number)) = packet.decode() {
+                self.keeper_answers(Some(number));
+            }
+        }
         if flags.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR | EpollFlags::EPOLLRDHUP) {
             return self.keeper_ended();
         }
@@ -291,6 +305,7 @@ impl Server {
             let _ = child.kill();
             let _ = child.wait();
         }
+        self.keeper_answers(None);
         let now = Instant::now();
         self.keeping.deaths.retain(|at| now.duration_since(*at) < DEATHS_WITHIN);
         self.keeping.deaths.push(now);

@@ -8,7 +8,8 @@
 //! * [`checkpoints`]: the checkpointer, a process of its own ([`child`]). [`blame`]: whose fault its death is. [`watchdog`]:
 //!   it is not stopped for long.
 //!   [`waits`]: waits that would never end. [`report`]: `status`.
-//! * [`linger`]: databases that nobody has open for a moment. [`keeping`]: what the next broker will need. [`adopting`]:
+//! * [`closed`]: databases that have just been closed, and [`departing`]: by whom. [`keeping`]: what the next broker will
+//!   need. [`adopting`]:
 //!   what the last one left. [`returning`]: clients that had a session before. [`searching`]: for what was left to nobody,
 //!   [`found`]: and taken over. [`origin`]: what the segment says of its database.
 //! * [`stop`]: the end. [`server`]: the loop that drives it all. [`options`]: how.
@@ -20,7 +21,9 @@ pub mod adopting;
 mod blame;
 pub mod checkpoints;
 mod child;
+mod closed;
 pub mod database;
+mod departing;
 mod ending;
 pub mod filesystem;
 pub mod foreign;
@@ -30,7 +33,6 @@ pub mod join;
 pub mod joining;
 pub mod keeping;
 pub mod limits;
-pub mod linger;
 pub mod listen;
 pub mod liveness;
 mod opening;

@@ -50,24 +50,21 @@ impl Server {
         {
             let regions = segment.regions();
             let index = segment.wal_index();
-            // One that lingers is as its last close left it.
-            let (whole, alone) = (db.is_complete(), Cell::new(false));
+            let alone = Cell::new(false);
             let found_alone = || {
                 alone.set(true);
-                if !whole && !planted("stale-wal-index") {
+                if !planted("stale-wal-index") {
                     index.invalidate()
                 }
             };
-            let mut opened = db.lane().with(key.seat, |seat| seat.open_wal_index(found_alone));
+            let opened = db.lane().with(key.seat, |seat| seat.open_wal_index(found_alone));
+            if let (true, Some(words)) = (alone.get(), db.checkpoint_words()) {
+                words.wal_is_opened(0, false);
+            }
             if !opened && planted("opening-waited-for") {
                 std::thread::sleep(PATIENCE);
             } else if !opened && since.elapsed() < PATIENCE {
                 return Some(opening);
-            }
-            if alone.get() && whole && db.is_changed() {
-                // Somebody has written to the file: its WAL is not its any more, and nothing can be done about it here.
-                db.lane().with(key.seat, |seat| seat.close_wal_index());
-                opened = false;
             }
             answer = FromBroker::WalIndex { id, regions, ok: opened };
         }

@@ -17,8 +17,9 @@ pub struct Options {
     pub limits: Limits,
     /// The program that checkpoints, run with `checkpointer` as its argument. `None`: members do it themselves.
     pub checkpointer: Option<PathBuf>,
-    /// How long a database stays after its last close, once it was opened again so soon; zero: it does not.
-    pub linger: Duration,
+    /// A database that is opened again within this time of its last close keeps its WAL's file at the next one; zero: none
+    /// does.
+    pub reuse_wal: Duration,
     /// The program that outlives the broker, run with `keeper` as its argument. `None`: nothing outlives it but members.
     pub keeper: Option<PathBuf>,
     /// The program that looks for members whose broker and keeper were killed, run with `finder` as its argument. `None`:

@@ -54,8 +54,6 @@ struct DatabaseReport {
     members: Vec<MemberReport>,
     /// Seats without a connection, which their processes keep for the next one. They keep nobody out.
     resting: Vec<MemberReport>,
-    /// Nobody has it open: it stays with the broker for a moment.
-    lingers: bool,
     turn: Option<TurnReport>,
     line: Vec<WaitReport>,
     checkpoints: CheckpointReport,
@@ -187,7 +185,6 @@ impl Server {
             reason,
             members,
             resting,
-            lingers: db.lingers(),
             turn: holder.map(|seat| {
                 let (pid, program) = who(seat);
                 TurnReport { seat, pid, program, held_ms: db.turn_held_ms(seat) }

@@ -139,11 +139,6 @@ impl Server {
                 self.look_for_cycle(seat, Instant::now());
                 Ok(())
             }
-            ToBroker::Lingers { seat } => {
-                self.own(id, seat)?;
-                self.drop_if_unused(seat.database);
-                Ok(())
-            }
             ToBroker::WalGrew { seat } => {
                 self.own(id, seat)?;
                 self.wal_grew(seat.database);
@@ -173,8 +168,7 @@ impl Server {
             }
             ToBroker::Leave { id: request, seat } => {
                 self.own(id, seat)?;
-                self.remove_seat(seat);
-                self.send(id, &FromBroker::Left { id: request });
+                self.leave(id, request, seat);
                 Ok(())
             }
             ToBroker::LetGo { seat, count } => {

@@ -2,11 +2,12 @@
 
 use super::adopting::{self, TakeoverError};
 use super::child::Checkpointer;
+use super::closed::RecentlyClosed;
 use super::database::{Database, State};
+use super::departing::Departure;
 use super::forming::Forming;
 use super::keeping::Keeping;
 use super::limits::Users;
-use super::linger::{self, Lingering};
 use super::listen::{ListenError, Listener, Lock};
 use super::opening::{LOOK_AGAIN, Opening};
 use super::options::Options;
@@ -17,7 +18,7 @@ use super::waits::{Cycle, WATCH_TICK};
 use crate::wire::message::{FromBroker, HelloAnswer, PROTOCOL_MAGIC, PROTOCOL_VERSION, ToBroker};
 use crate::wire::socket;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
+use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use std::collections::BTreeMap;
 use std::io;
@@ -73,7 +74,8 @@ pub struct Server {
     pub(super) opening: Vec<Opening>,
     pub(super) cycles: Vec<Cycle>,
     pub(super) checkpointer: Checkpointer,
-    pub(super) lingering: Lingering,
+    pub(super) closed: RecentlyClosed,
+    pub(super) departing: Vec<Departure>,
     pub(super) keeping: Keeping,
     pub(super) searching: Searching,
     pub(super) receivers: Receivers,
@@ -107,8 +109,6 @@ pub fn serve(options: Options, tell: &dyn Fn(Phase)) -> Result<(), ServeError> {
     signals.add(Signal::SIGINT);
     signals.add(Signal::SIGUSR2);
     signals.thread_block()?;
-    // SAFETY: ignoring a signal runs no code of ours. See `gate::is_open_elsewhere`.
-    unsafe { signal(Signal::SIGIO, SigHandler::SigIgn) }?;
     let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
     let ready = options.ready;
     let mut server = Server::new(options)?;
@@ -146,7 +146,7 @@ impl Server {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(&listener.socket, EpollEvent::new(EpollFlags::EPOLLIN, LISTENER))?;
         let now = Instant::now();
-        let lingering = Lingering::new(options.linger, &epoll);
+        let closed = RecentlyClosed::new(options.reuse_wal);
         let mut server = Server {
             options,
             listener,
@@ -158,7 +158,8 @@ impl Server {
             opening: Vec::new(),
             cycles: Vec::new(),
             checkpointer: Checkpointer::default(),
-            lingering,
+            closed,
+            departing: Vec::new(),
             keeping: Keeping::default(),
             searching: Searching::default(),
             receivers: Receivers::default(),
@@ -229,7 +230,6 @@ impl Server {
         self.try_forming(now);
         self.open_waiting();
         self.watch(now);
-        self.end_lingers(now);
         self.settle_all();
         if now.duration_since(self.last_tick) >= TICK {
             self.last_tick = now;
@@ -246,7 +246,6 @@ impl Server {
                 SIGNALS => signals.into_iter().for_each(|s| self.signalled(s)),
                 CHECKPOINTER_SOCKET => self.checkpointer_event(event.events()),
                 CHECKPOINTER_PIDFD => self.checkpointer_died(),
-                key @ (linger::MOVES | linger::OPENS) => self.file_event(key),
                 KEEPER_SOCKET => self.keeper_event(event.events()),
                 SEARCH_SOCKET => self.search_event(),
                 key if key % KEYS == 0 => self.socket_event(key / KEYS, event.events()),
@@ -271,16 +270,14 @@ impl Server {
         }
         let anybody_silent = self.sessions.values().any(|s| s.has_just_fallen_silent(now));
         let paused = self.databases.values().any(|d| d.checkpoints.is_paused());
-        if anybody_waits || anybody_silent || paused || self.deaf || self.stopping.is_some() {
+        let looks = anybody_waits || anybody_silent || paused || self.deaf || !self.departing.is_empty();
+        if looks || self.stopping.is_some() {
             at(self.last_tick + TICK);
         } else {
             at(self.last_tick + Duration::from_secs(1));
         }
         let limits = [self.searching.limit(), self.next_look(), self.receivers.limit()];
         limits.into_iter().flatten().for_each(&mut at);
-        if let Some(next) = self.next_linger() {
-            at(next);
-        }
         if let (Some(since), Some(limit)) = (self.idle_since, self.options.idle_exit) {
             at(since + limit);
         }
@@ -367,6 +364,7 @@ impl Server {
         self.hear_again();
         self.searching.reap();
         self.limit_receivers(now);
+        self.limit_departures(now);
         if now.duration_since(self.last_second) >= Duration::from_secs(1) {
             self.last_second = now;
             self.users.tick();

@@ -25,7 +25,6 @@ impl Server {
                     }
                 }
                 self.stop_listening();
-                self.end_all_lingers();
             }
         }
     }
@@ -44,8 +43,7 @@ impl Server {
             return true;
         }
         if let Some(since) = self.stopping {
-            let quiet = |d: &Database| d.is_quiet() && !d.lingers();
-            let quiet = self.databases.values().all(quiet) && self.forming.is_empty();
+            let quiet = self.databases.values().all(Database::is_quiet) && self.forming.is_empty();
             if !quiet && now.duration_since(since) < STOP_GRACE {
                 return false;
             }

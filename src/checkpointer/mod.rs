@@ -5,10 +5,8 @@
 //! linked into this program.
 //!
 //! * [`work`]: one database: its descriptors, its seat. [`vfs`]: how SQLite sees them. [`job`]: one checkpoint.
-//!   [`settle`]: the end of a database that lingers.
 
 mod job;
-mod settle;
 mod vfs;
 mod work;
 
@@ -30,7 +28,6 @@ use turnstile::wire::socket::{self, Packet};
 enum Order {
     Wal(OwnedFd),
     Checkpoint,
-    Settle,
 }
 
 /// A database's thread. It ends when it is told nothing more.
@@ -109,26 +106,30 @@ fn obey(broker: &Arc<Broker>, workers: &mut BTreeMap<Database, Worker>, packet: 
             let wal = packet.fds.into_iter().next().ok_or(io::ErrorKind::InvalidData)?;
             tell(database, Order::Wal(wal));
         }
-        ToCheckpointer::Checkpoint { database } | ToCheckpointer::Settle { database }
-            if !workers.contains_key(&database) =>
-        {
+        ToCheckpointer::Checkpoint { database } if !workers.contains_key(&database) => {
             broker.send(&FromCheckpointer::Done { database, outcome: Outcome::Nothing })
         }
         ToCheckpointer::Checkpoint { database } => tell(database, Order::Checkpoint),
-        ToCheckpointer::Settle { database } => tell(database, Order::Settle),
         // Its thread ends by itself.
-        ToCheckpointer::Forget { database } => drop(workers.remove(&database)),
+        ToCheckpointer::Forget { database } if workers.remove(&database).is_some() => {}
+        ToCheckpointer::Forget { database } => broker.send(&FromCheckpointer::Forgotten { database }),
     }
     Ok(())
 }
 
 fn work_on(work: Work, told: Receiver<Order>) {
+    let (broker, database) = (Arc::clone(&work.broker), work.number);
+    obey_orders(work, told);
+    // Its descriptors are closed.
+    broker.send(&FromCheckpointer::Forgotten { database });
+}
+
+fn obey_orders(work: Work, told: Receiver<Order>) {
     let mut job = job::Job::new(&work);
     for order in told {
         match order {
             Order::Wal(wal) => job.take_wal(wal),
             Order::Checkpoint => done(&work, job.checkpoint()),
-            Order::Settle => done(&work, work.settle()),
         }
     }
 }

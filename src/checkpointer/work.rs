@@ -218,11 +218,9 @@ impl Work {
                 // Nobody's truth then, and the first to read recovers it; there is nothing to do here.
                 self.with(|seat| {
                     seat.open_wal_index(|| {
-                        // Unless it lingers: then it is as its last close left it.
-                        alone = !self.table().is_complete(self.words(), self.index());
-                        if alone {
-                            self.index().invalidate();
-                        }
+                        alone = true;
+                        self.words().wal_is_opened(0, false);
+                        self.index().invalidate();
                     })
                 }) || {
                     std::thread::yield_now();

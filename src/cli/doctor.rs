@@ -2,8 +2,7 @@
 //! to do about it.
 //!
 //! It looks and never touches: the database is opened for reading, by no SQLite, and not locked; nothing is joined,
-//! recovered or checkpointed. (This process holds no lock on the file, so closing it drops none. A database that lingers
-//! stops to, as for whoever opens it.)
+//! recovered or checkpointed. (This process holds no lock on the file, so closing it drops none.)
 //!
 //! * [`findings`]: what is found, and how it is said. [`settings`]: `TURNSTILE_*`. [`place`]: where the file is.
 //!   [`format`]: what it says of itself. [`broker`]: who serves it. [`holders`]: who has it open or locked.

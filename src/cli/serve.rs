@@ -39,11 +39,11 @@ pub struct ServeArgs {
     /// Leave checkpoints to the programs, as SQLite does.
     #[arg(long)]
     no_checkpointer: bool,
-    /// How long a database that is opened again and again by short-lived programs stays here after a last close (for
-    /// example 2s), so that the next one need not set it up anew. A plain SQLite client that opens it meanwhile may
-    /// have to wait for some milliseconds. 0s: never.
+    /// A database that is opened again within this time of its last close (for example 2s) is one that short-lived
+    /// programs use: its next last close leaves the file of its WAL, with nothing in it, because using that again is
+    /// cheaper than making another one. 0s: every last close removes the WAL.
     #[arg(long, value_name = "TIME", value_parser = parse_time, default_value = "500ms")]
-    linger: std::time::Duration,
+    reuse_wal: std::time::Duration,
     /// Take over from the broker that serves the socket now: its members go on without noticing. (It is sent SIGUSR2,
     /// on which it leaves everything to its keeper and ends.)
     #[arg(long)]
@@ -105,7 +105,7 @@ pub fn run(args: ServeArgs) -> ExitCode {
         idle_exit: args.idle_exit,
         allow_unsafe: args.allow_unsafe_filesystems,
         checkpointer: (!args.no_checkpointer).then(|| PathBuf::from("/proc/self/exe")),
-        linger: args.linger,
+        reuse_wal: args.reuse_wal,
         keeper: (!args.no_keeper).then(|| PathBuf::from("/proc/self/exe")),
         finder: Some(PathBuf::from("/proc/self/exe")),
         receiver: Some(PathBuf::from("/proc/self/exe")),

@@ -7,10 +7,7 @@ use super::member::Member;
 use super::resting;
 use super::session::Had;
 use crate::lock::rest::Rest;
-use crate::lock::table::Table;
 use crate::planted::planted;
-use crate::segment::atomic::SeqCst;
-use crate::segment::futex;
 use crate::wire::message::ToBroker;
 use std::sync::Arc;
 
@@ -32,13 +29,8 @@ impl Member {
     pub fn leave(self) {
         self.with_seat(|_, seat| seat.leave());
         if self.may_rest() {
-            let lingers = self.is_complete();
-            match self.with_seat(|_, seat| seat.table.rest(seat.id, lingers)) {
+            match self.with_seat(|_, seat| seat.table.rest(seat.id)) {
                 Some(Rest::Rests(count)) => return resting::keep(Member { count, ..self }),
-                Some(Rest::Lingers(count)) if self.lingers() => {
-                    return resting::keep(Member { count, ..self });
-                }
-                Some(Rest::Lingers(count)) => return Member { count, ..self }.leave_at_rest(),
                 Some(Rest::Closed) => {
                     resting::beside(&self).into_iter().for_each(Member::leave_at_rest);
                     return self.forget();
@@ -56,22 +48,6 @@ impl Member {
             }
         }
         self.give_up();
-    }
-
-    /// The database may linger with the broker, and all of its WAL is in it.
-    fn is_complete(&self) -> bool {
-        let Some(shared) = self.shared() else { return false };
-        let words = shared.checkpoint().filter(|w| w.may_linger.load(SeqCst) != 0);
-        let Some((table, words)) = shared.table().zip(words) else { return false };
-        words.duty.load(SeqCst) != 0 && shared.wal_index().is_some_and(|i| table.is_complete(words, i))
-    }
-
-    /// The last one rests: the broker is told, unless it knows.
-    fn lingers(&self) -> bool {
-        let Some(words) = self.shared().and_then(|s| s.checkpoint()) else { return false };
-        words.rested_at.store(futex::micros(), SeqCst);
-        let message = ToBroker::Lingers { seat: self.joined.seat };
-        !Table::must_tell(&words.told) || self.say(&message, &[]).is_ok()
     }
 
     fn may_rest(&self) -> bool {

@@ -283,17 +283,16 @@ impl Member {
         self.with_seat(|_, seat| seat.went_elsewhere()).unwrap_or(false)
     }
 
-    /// Opens the wal-index. On the fast lane `alone` is called if nobody else has it open, and says whether it can be
-    /// used; else the broker sees to it. False: it cannot, and is not open.
-    pub fn open_wal_index(&self, alone: impl Fn(WalIndex) -> bool) -> Result<bool, Lost> {
+    /// Opens the wal-index. On the fast lane `alone` is called if nobody else has it open; else the broker sees to it.
+    /// False: it cannot be opened.
+    pub fn open_wal_index(&self, alone: impl Fn(WalIndex)) -> Result<bool, Lost> {
         if self.fast.is_some() {
             let region0 = self.shared.as_ref().ok_or(Lost)?.region(0).map_err(|_| Lost)?;
             // SAFETY: the first region stays mapped as long as `shared` is.
             let index = unsafe { WalIndex::new(region0) };
             let end = Instant::now() + Duration::from_secs(10);
-            let usable = Cell::new(true);
             let mut tries = 0;
-            let alone = || usable.set(alone(index));
+            let alone = || alone(index);
             while !self.with_seat(|_, seat| seat.open_wal_index(alone)).unwrap_or(true) {
                 if Instant::now() >= end {
                     return Err(Lost);
@@ -305,10 +304,7 @@ impl Member {
                     _ => std::thread::sleep(Duration::from_millis(1)),
                 }
             }
-            if !usable.get() {
-                self.close_wal_index()?;
-            }
-            return Ok(usable.get());
+            return Ok(true);
         }
         let id = self.session().new_id();
         let seat = self.joined.seat;
@@ -348,21 +344,15 @@ impl Member {
         }
     }
 
-    /// The seat has opened the WAL behind `fd`: the broker is given it, unless it has it.
-    pub fn wal_opened(&self, fd: BorrowedFd, inode: u64) {
+    /// The WAL behind `fd` is due for a checkpoint. The broker is given it with the first one: most short-lived programs have
+    /// gone before.
+    pub fn wal_grew(&self, fd: BorrowedFd) -> Result<(), Lost> {
+        let seat = self.joined.seat;
         let words = self.shared.as_ref().and_then(|s| s.checkpoint());
-        if let Some(words) = words.filter(|w| w.duty.load(SeqCst) != 0 && w.wal_inode.load(SeqCst) != inode) {
-            let message = ToBroker::WalFile { seat: self.joined.seat };
-            if self.say(&message, &[fd.as_raw_fd()]).is_ok() {
-                words.wal_linked.store(0, SeqCst);
-                words.wal_inode.store(inode, SeqCst);
-            }
+        if words.is_some_and(|w| w.wal_sent.swap(1, SeqCst) == 0) {
+            self.say(&ToBroker::WalFile { seat }, &[fd.as_raw_fd()])?;
         }
-    }
-
-    /// The WAL is due for a checkpoint.
-    pub fn wal_grew(&self) -> Result<(), Lost> {
-        self.say(&ToBroker::WalGrew { seat: self.joined.seat }, &[])
+        self.say(&ToBroker::WalGrew { seat }, &[])
     }
 
     /// Tells the broker's log what may not be printed in the host's output.

@@ -113,6 +113,11 @@ impl Keeper {
                 }
                 Ok(ToKeeper::Keep(kept)) => self.store.keep(kept, packet.fds),
                 Ok(ToKeeper::LeaveSocket) => self.leave_socket = true,
+                Ok(ToKeeper::Ask(number)) => {
+                    // A broker that does not read has others to thank for it, and asks no more.
+                    let answer = socket::encode(&FromKeeper::Done(number));
+                    let _ = answer.and_then(|bytes| socket::send(broker, &bytes, &[]));
+                }
                 Ok(ToKeeper::GiveBack) | Err(_) => {}
             }
         }

@@ -1,4 +1,4 @@
-//! The last close: who is the last one to have the WAL open, and how much of it is in the database file.
+//! The last close: who is the last one to have the WAL open.
 //!
 //! Closed means complete: when the last connection is closed, whoever copies the database file has all that was committed.
 //! Of two that close at once neither must leave that to the other. So whoever closes says so *first* ([`CLOSING`]), when
@@ -8,9 +8,8 @@
 use super::SeatId;
 use super::table::Table;
 use crate::planted::planted;
-use crate::segment::atomic::{AtomicU32, SeqCst};
-use crate::segment::layout::{CHECKPOINTER, CLOSING, CheckpointWords, WAL_OPEN};
-use crate::segment::wal_index::WalIndex;
+use crate::segment::atomic::SeqCst;
+use crate::segment::layout::{CHECKPOINTER, CLOSING, WAL_OPEN};
 
 impl Table<'_> {
     /// The seat's connection is being closed. True: nobody else keeps the WAL open.
@@ -36,37 +35,5 @@ impl Table<'_> {
     fn wal_stays_open(self, seat: SeatId) -> bool {
         let stays = |s| self.seat(s).is_some_and(|w| w.file.load(SeqCst) & (WAL_OPEN | CLOSING) == WAL_OPEN);
         self.file_hinted().filter(|s| *s != seat && *s != CHECKPOINTER).any(stays)
-    }
-
-    /// So many frames of the WAL are in the database file; 0: not known.
-    pub fn copied(self) -> u32 {
-        self.copied_word().load(SeqCst)
-    }
-
-    /// All of the WAL that this is the index of is in the database file.
-    pub fn is_complete(self, words: &CheckpointWords, index: WalIndex) -> bool {
-        let copied = self.copied();
-        copied != 0
-            && index.valid_header().is_some_and(|header| {
-                header.frames() == copied
-                    && u64::from_ne_bytes(header.salts()) == words.copied_salts.load(SeqCst)
-            })
-    }
-
-    /// To be called under CHECKPOINT.
-    pub fn set_copied(self, frames: u32) {
-        self.copied_word().store(frames, SeqCst);
-    }
-
-    /// A checkpoint begins, which may copy an older frame of a page over a newer one (as far as its readers let it), or
-    /// somebody has the file for itself.
-    pub fn forget_copied(self) {
-        if self.copied() != 0 && !planted("copied-remembered") {
-            self.set_copied(0);
-        }
-    }
-
-    fn copied_word(&self) -> &AtomicU32 {
-        &self.words.file.0.copied
     }
 }

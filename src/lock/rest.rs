@@ -10,7 +10,7 @@
 use super::SeatId;
 use super::table::Table;
 use crate::planted::planted;
-use crate::segment::atomic::{AtomicU32, SeqCst};
+use crate::segment::atomic::SeqCst;
 use crate::segment::layout::{CHECKPOINTER, CLOSED, RESTING, STATE};
 
 /// Added to the word when the seat's number may be given out again.
@@ -21,8 +21,6 @@ const ONE: u32 = STATE + 1;
 pub enum Rest {
     /// It rests, under this count.
     Rests(u32),
-    /// The same, and no other seat is in use: the database lingers with the broker.
-    Lingers(u32),
     /// No other seat is in use. This one is, again, and has to leave.
     Last,
     /// No other seat was in use, and the broker has closed this one.
@@ -30,9 +28,8 @@ pub enum Rest {
 }
 
 impl Table<'_> {
-    /// The connection of a seat that holds nothing is closed. `lingers`: it may rest although it is the last one, because the
-    /// broker closes it after a while; who is told so must be the broker.
-    pub fn rest(self, seat: SeatId, lingers: bool) -> Rest {
+    /// The connection of a seat that holds nothing is closed.
+    pub fn rest(self, seat: SeatId) -> Rest {
         let Some(state) = self.seat(seat).map(|s| &s.state) else { return Rest::Closed };
         let count = state.load(SeqCst) & !STATE;
         let seen = planted("rest-looks-first") && self.used_by_others(seat);
@@ -41,9 +38,6 @@ impl Table<'_> {
         }
         if seen || self.used_by_others(seat) {
             return Rest::Rests(count);
-        }
-        if lingers {
-            return Rest::Lingers(count);
         }
         match self.resume(seat, count) {
             true => Rest::Last,
@@ -55,11 +49,6 @@ impl Table<'_> {
     pub fn resume(self, seat: SeatId, count: u32) -> bool {
         let state = self.seat(seat).map(|s| &s.state);
         state.is_some_and(|s| s.compare_exchange(count | RESTING, count, SeqCst, SeqCst).is_ok())
-    }
-
-    /// Of a seat that lingers: the broker has to be told.
-    pub fn must_tell(told: &AtomicU32) -> bool {
-        told.swap(1, SeqCst) == 0
     }
 
     /// How often the seat's number has been given out, as [`Table::rest`] says it.
@@ -75,20 +64,6 @@ impl Table<'_> {
     pub fn used_by_others(self, seat: SeatId) -> bool {
         let used = |s: &SeatId| self.seat(*s).is_some_and(|w| w.state.load(SeqCst) & STATE == 0);
         self.members.iter().filter(|s| *s != seat && *s != CHECKPOINTER).any(|s| used(&s))
-    }
-
-    /// The broker's look at a database that may linger: all of these seats rest. First it forgets that it was told, so
-    /// that one that comes to rest after the look tells it again.
-    pub fn all_rest(self, told: &AtomicU32, seats: impl Iterator<Item = SeatId>) -> bool {
-        let late = planted("forgets-after-the-look");
-        if !late {
-            told.store(0, SeqCst);
-        }
-        let all = seats.fold(true, |all, seat| all & self.rests(seat));
-        if late {
-            told.store(0, SeqCst);
-        }
-        all
     }
 
     /// Closes a seat if it rests under this count.

@@ -160,7 +160,6 @@ impl Seat<'_> {
         }
         if !t.read_by_others(self.id) {
             file.exclusive.store(self.id, SeqCst);
-            t.forget_copied();
             return self.granted(false);
         }
         if t.reserved() == Some(self.id) && t.wal_open_elsewhere(self.id) && !planted("leaver-keeps-turn") {
@@ -201,9 +200,6 @@ impl Seat<'_> {
         let Some(mask) = slots.mask() else { return BUSY };
         if !slots.is_write() {
             if self.table.try_slots_exclusive(self.id, mask) {
-                if slots.is_checkpoint() {
-                    self.table.forget_copied();
-                }
                 return self.granted(false);
             }
             // An application's own checkpoint would be BUSY at once, beside one that ends by itself.

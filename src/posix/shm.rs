@@ -12,6 +12,7 @@ use crate::client::served::object_of;
 use crate::lock::{Ask, FileLevel, Release, Request, Slots, Verdict, slot};
 use crate::planted::planted;
 use crate::segment::layout::REGION_SIZE;
+use crate::segment::wal_index::WalIndex;
 use nix::errno::Errno;
 use nix::sys::stat::fstat;
 use std::os::fd::{BorrowedFd, IntoRawFd, RawFd};
@@ -115,7 +116,7 @@ pub fn map(database: &Database, end: u64) -> bool {
 pub fn look(database: &Database, lock: &mut libc::flock) -> Result<(), Errno> {
     let answer = database.with(|seat| match lock.l_start {
         DEAD_MAN_SWITCH if seat.wal_open.get() => Ok(libc::F_UNLCK),
-        DEAD_MAN_SWITCH => open_index(seat, database).map(|()| libc::F_RDLCK),
+        DEAD_MAN_SWITCH => open_index(seat).map(|()| libc::F_RDLCK),
         _ => {
             let mask = mask_of(lock).ok_or(Errno::EINVAL)?;
             let table = seat.member.shared().and_then(|s| s.table()).ok_or(Errno::EIO)?;
@@ -127,13 +128,18 @@ pub fn look(database: &Database, lock: &mut libc::flock) -> Result<(), Errno> {
     Ok(())
 }
 
-fn open_index(seat: &Seat, database: &Database) -> Result<(), Errno> {
+fn open_index(seat: &Seat) -> Result<(), Errno> {
     if !seat.wal_open.get() {
         if !seat.member.is_whole() {
             return Err(Errno::EIO);
         }
-        let usable = seat.member.open_wal_index(|index| wal::found_alone(seat, database, index));
-        if !usable.map_err(|_| Errno::EIO)? {
+        let words = seat.member.shared().and_then(|s| s.checkpoint());
+        // Nobody else has it open: it is recovered from the WAL.
+        let found_alone = |index: WalIndex| {
+            words.inspect(|w| w.wal_is_opened(0, false));
+            index.invalidate();
+        };
+        if !seat.member.open_wal_index(found_alone).map_err(|_| Errno::EIO)? {
             return Err(Errno::EIO);
         }
         seat.wal_open.set(true);
@@ -156,7 +162,7 @@ pub fn lock(database: &Database, lock: &libc::flock) -> Result<(), Errno> {
     let kind = i32::from(lock.l_type);
     let done = database.with(|seat| match (kind, slots_of(lock)) {
         (libc::F_UNLCK, None) => Ok(()),
-        (_, None) if lock.l_start == DEAD_MAN_SWITCH => open_index(seat, database),
+        (_, None) if lock.l_start == DEAD_MAN_SWITCH => open_index(seat),
         (_, None) => Err(Errno::EINVAL),
         (libc::F_UNLCK, Some(slots)) => release(seat, slots.mask().unwrap_or(0)),
         (libc::F_RDLCK, Some(slots)) => share(seat, database, slots),

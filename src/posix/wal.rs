@@ -11,9 +11,7 @@ use super::table::{self, Kind};
 use crate::client::repair::Finder;
 use crate::lock::commits::Awaited;
 use crate::planted::planted;
-use crate::segment::wal_index::WalIndex;
-use nix::sys::stat::fstat;
-use nix::unistd::{fdatasync, fsync, ftruncate};
+use nix::unistd::{fdatasync, ftruncate};
 use std::cell::Cell;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::time::{Duration, Instant};
@@ -105,29 +103,6 @@ fn settle(seat: &Seat, awaited: Awaited) -> bool {
         std::thread::sleep(Duration::from_millis(1));
     }
     !commits.is_lost(awaited)
-}
-
-/// The wal-index is being opened, and nobody else has it open: it is recovered from the WAL. After a database has lingered
-/// (`vfs/last_close.rs`) the WAL is dropped if somebody has written to the file since. False: an I/O error.
-pub fn found_alone(seat: &Seat, database: &Database, index: WalIndex) -> bool {
-    let shared = seat.member.shared();
-    let Some((table, words)) = shared.and_then(|s| s.table().zip(s.checkpoint())) else { return false };
-    let whole = table.is_complete(words, index);
-    table.forget_copied();
-    if whole {
-        let Some(file) = table::descriptor_of(database) else { return false };
-        // SAFETY: SQLite's own, open while SQLite is in a call.
-        let file = unsafe { BorrowedFd::borrow_raw(file) };
-        let Ok(st) = fstat(file) else { return false };
-        if !words.is_as_left(&st) {
-            let Some(wal) = seat.wal.descriptor() else { return false };
-            if fsync(file).is_err() || ftruncate(wal, 0).is_err() {
-                return false;
-            }
-        }
-    }
-    index.invalidate();
-    true
 }
 
 /// A read that ends at `end` (not known: anywhere) is about to be made, or a write.

@@ -7,7 +7,7 @@ use super::hold::Hold;
 use crate::planted::planted;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 
 /// `PENDING_BYTE` (os.h); RESERVED is the byte after it, the SHARED range the 510 bytes after that.
 const DATABASE_BYTES: (i64, i64) = (0x4000_0000, 512);
@@ -31,21 +31,6 @@ pub enum GateError {
     Unlockable(Errno),
     #[error("the gate cannot be held: {0}")]
     Unholdable(Errno),
-}
-
-/// Whether the file is open anywhere but through this description, which is open for reading and writing. `None`: the
-/// kernel does not say. By a lease, which is only given for a file that nobody else has open (fcntl(2)); it is given back at
-/// once, but who opens the file meanwhile makes the kernel send SIGIO, which the caller must ignore.
-pub fn is_open_elsewhere(fd: impl AsFd) -> Option<bool> {
-    let lease = |kind: i32| {
-        // SAFETY: a call by numbers, on a descriptor that is borrowed for it.
-        Errno::result(unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_SETLEASE, kind) })
-    };
-    match lease(libc::F_WRLCK) {
-        Ok(_) => lease(libc::F_UNLCK).ok().map(|_| false),
-        Err(Errno::EAGAIN) => Some(true),
-        Err(_) => None,
-    }
 }
 
 /// A gate that stands.

@@ -41,7 +41,7 @@ pub const FAILURES: usize = 16;
 
 pub const MAGIC: [u8; 8] = *b"trnstile";
 /// Changes with any change of what lies behind [`Header`].
-pub const LAYOUT_VERSION: u32 = 5;
+pub const LAYOUT_VERSION: u32 = 6;
 
 /// The beginning of the control memfd: the same in every layout version, so that a client of another version can
 /// still use the socket lane with it.
@@ -88,10 +88,6 @@ pub struct FileWords {
     pub opening: AtomicU32,
     /// The seat that is lowering hints: one at a time. Owner word as above.
     pub lowering: AtomicU32,
-    /// So many frames of the WAL are in the database file, though perhaps not on the disk; 0: not known. Written by a
-    /// last close under CHECKPOINT; cleared with every other grant of CHECKPOINT or EXCLUSIVE. A crash leaves what is
-    /// true.
-    pub copied: AtomicU32,
 }
 
 /// Nobody has looked for a hot journal yet. Zero: what a fresh page says.
@@ -281,29 +277,26 @@ pub struct CheckpointWords {
     /// tells, cleared by the broker when the checkpoint is over; a futex. A member that dies between the two leaves it
     /// set: the others tell again as the WAL grows on.
     pub asked: AtomicU32,
-    /// Inode of the WAL whose descriptor the broker has been sent, 0 for none. Written by the member that has sent it.
-    /// The broker keeps that file open until it is sent another one, so the number is no other file's meanwhile.
+    /// Inode of the WAL, 0 if it is not known. Written by the first to open the wal-index: as long as anybody has that open,
+    /// somebody has the file open, so the number is no other file's meanwhile.
     pub wal_inode: AtomicU64,
     /// With so many frames in the WAL and `asked` set, writers wait before they begin; 0: they never do. Written by the
     /// checkpointer. A crash leaves it: the broker clears it, and nobody waits long.
     pub brake: AtomicU32,
-    /// Non-zero: the database may linger with the broker after its last close. Written by the broker.
-    pub may_linger: AtomicU32,
-    /// What goes with [`FileWords::copied`], written before it: the salts of that WAL, and the database file's size in
-    /// bytes and modification time in nanoseconds as the last close left them.
-    pub copied_salts: AtomicU64,
-    pub size: AtomicU64,
-    pub modified: AtomicU64,
-    /// When the last seat came to rest with nobody else in use, microseconds of `CLOCK_MONOTONIC`: tells one time
-    /// from another. Written by it.
-    pub rested_at: AtomicU64,
-    /// Non-zero: the broker knows that all seats may be at rest, and looks by itself. Set by who tells it, cleared by the
-    /// broker before it looks for the last time. When a member dies between setting and telling, the broker looks when it
-    /// clears that seat.
-    pub told: AtomicU32,
+    /// Non-zero: the database has been opened soon after its last close, so the next last close ends the WAL and leaves
+    /// its blocks (`vfs/last_close.rs`). Written by the broker before the first member sees it.
+    pub comes_back: AtomicU32,
+    /// Non-zero: the WAL's header on the disk is the mark with this number (`segment/ended.rs`). Written by the broker when
+    /// it makes the segment, as the last segment's last close left it; set to 0 by whoever finds another header there, and by
+    /// who relies on it; written by the last close once its mark is synced. A crash leaves what is true.
+    pub ended: AtomicU64,
     /// Non-zero: the WAL of `wal_inode` is in its directory on the disk. Set by who has synced that, cleared before
     /// `wal_inode` changes.
     pub wal_linked: AtomicU32,
+    /// Non-zero: the broker has been sent the descriptor of the WAL of `wal_inode`. Set by the member that sends it, cleared
+    /// with `wal_linked`, and by a broker that has not got it. A crash between setting and sending leaves a WAL that only its
+    /// members checkpoint until the index is opened anew.
+    pub wal_sent: AtomicU32,
 }
 
 /// [`SeatWords::turn_for`]: a transaction that was said to write.

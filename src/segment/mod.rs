@@ -9,11 +9,11 @@
 pub mod atomic;
 #[cfg(feature = "loom")]
 pub mod checked;
+pub mod ended;
 pub mod futex;
 pub mod gate;
 pub mod hold;
 pub mod layout;
-mod left;
 pub mod liveness;
 pub mod mapping;
 pub mod memfd;

@@ -23,7 +23,6 @@ const _: () = {
     assert!(offset_of!(FileWords, probation) == 12);
     assert!(offset_of!(FileWords, opening) == 16);
     assert!(offset_of!(FileWords, lowering) == 20);
-    assert!(offset_of!(FileWords, copied) == 24);
     assert!(offset_of!(Bitmaps, members) == 0);
     assert!(offset_of!(Bitmaps, line) == 128);
     assert!(offset_of!(Bitmaps, sleepers) == 256);
@@ -52,13 +51,10 @@ const _: () = {
     assert!(offset_of!(CheckpointWords, asked) == 4);
     assert!(offset_of!(CheckpointWords, wal_inode) == 8);
     assert!(offset_of!(CheckpointWords, brake) == 16);
-    assert!(offset_of!(CheckpointWords, may_linger) == 20);
-    assert!(offset_of!(CheckpointWords, copied_salts) == 24);
-    assert!(offset_of!(CheckpointWords, size) == 32);
-    assert!(offset_of!(CheckpointWords, modified) == 40);
-    assert!(offset_of!(CheckpointWords, rested_at) == 48);
-    assert!(offset_of!(CheckpointWords, told) == 56);
-    assert!(offset_of!(CheckpointWords, wal_linked) == 60);
+    assert!(offset_of!(CheckpointWords, comes_back) == 20);
+    assert!(offset_of!(CheckpointWords, ended) == 24);
+    assert!(offset_of!(CheckpointWords, wal_linked) == 32);
+    assert!(offset_of!(CheckpointWords, wal_sent) == 36);
     assert!(offset_of!(Control, checkpoint) == 2048 - 2 * 64);
     assert!(offset_of!(Control, learned) == 2048 - 64);
     assert!(offset_of!(IssuedWords, newest) == 0);

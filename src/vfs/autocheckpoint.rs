@@ -198,7 +198,11 @@ impl MainFile {
         if planted("gone-broker-trusted") {
             return Ok(());
         }
-        if !first && member.session().is_lost() || member.wal_grew().is_err() {
+        let told = match self.wal_file.as_ref().and_then(|wal| wal.descriptor()) {
+            Some(wal) => member.wal_grew(wal),
+            None => Err(Lost),
+        };
+        if !first && member.session().is_lost() || told.is_err() {
             words.duty.store(0, SeqCst);
             automatic.lapse();
         }

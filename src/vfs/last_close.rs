@@ -1,32 +1,38 @@
-//! The last close of a database that lingers with the broker, and the next open.
+//! The last close of a database that short-lived programs open again and again, and the next open.
 //!
 //! SQLite's last close copies the WAL into the database, syncs both and removes the WAL; the next process makes another
-//! one. For short-lived processes that is most of what they pay. Here the last close only copies, so that the file is
-//! complete for whoever reads it, and SQLite is told that it is not alone. The database's sync and the WAL's end are left
-//! to the broker's checkpointer, a moment after the last of them.
+//! one, syncs its name, and appends to it. For short-lived processes that is most of what they pay. So where a database has
+//! been opened soon after its last close, the next last close copies and syncs as SQLite does, but leaves the WAL's file:
+//! it *ends* the WAL with a mark in the place of its header ([`ended`]), syncs that, and tells SQLite that it is not alone.
 //!
-//! Until then the WAL is there for a power loss alone: **the file has it all**. If somebody changes it meanwhile (puts a
-//! backup in its place, say), the WAL is of a database that is no more, and must never be read again. That is seen by the
-//! file's size and modification time, which the last close sets to a nanosecond that the kernel's clock would hardly give.
+//! **When the last close returns, the file alone is complete and on the disk, and no WAL that anybody would read lies beside
+//! it.** Nothing is left to do for anybody, so nothing that happens next matters: the broker's death, a file that is
+//! renamed over this one, a copy, a power loss. An earlier design left the sync and the WAL's end to the broker, half a
+//! second later; a file that took the database's name in that time got the old one's WAL.
+//!
+//! The order is what makes it safe: what is copied is on the disk in the WAL; then the database is written and synced; then
+//! the WAL is marked and the mark synced. All locks of the wal-index are held, so nobody reads or writes meanwhile. The
+//! index is invalidated before they are given back: whoever comes next, also this very connection if it was not about to
+//! close, recovers it from a WAL that says that it is empty.
 
 use super::main_file::MainFile;
 use super::wal_file::WalFile;
-use super::wrapped::descriptor;
-use crate::lock::{FileLevel, slot};
+use crate::lock::FileLevel;
 use crate::planted::planted;
 use crate::segment::atomic::SeqCst;
+use crate::segment::ended;
 use crate::segment::layout::CheckpointWords;
 use crate::segment::wal_index::{FRAME_HEADER, Header, WAL_HEADER, WalIndex};
 use libsqlite3_sys as ffi;
-use nix::sys::stat::{FileStat, fstat, futimens};
-use nix::sys::time::TimeSpec;
-use nix::time::{ClockId, clock_gettime};
 use std::collections::BTreeMap;
 use std::ffi::c_int;
-use std::path::Path;
 
 /// A last close that has more frames to copy is SQLite's.
 const MOST_FRAMES: u32 = 4096;
+/// A WAL whose file is longer, in bytes, is removed by SQLite's last close.
+const MOST_LEFT: u64 = 1 << 20;
+/// Every lock of the wal-index.
+const ALL_SLOTS: u8 = u8::MAX;
 
 /// The database's file and the unix VFS's own methods for it.
 #[derive(Clone, Copy)]
@@ -66,70 +72,85 @@ impl RealFile {
 }
 
 impl MainFile {
-    /// `xLock(EXCLUSIVE)` of a connection that is being closed. True: the database lingers, all of its WAL is in it, and
-    /// SQLite leaves the WAL as it is if it is told that others are there. False: SQLite's last close goes its way.
-    pub(super) fn lingers(&mut self, real: RealFile) -> bool {
+    /// `xLock(EXCLUSIVE)` of a connection that is being closed. True: the WAL has ended, and SQLite leaves its file as it is
+    /// if it is told that others are there. False: SQLite's last close goes its way.
+    pub(super) fn ends_wal(&mut self, real: RealFile) -> bool {
         let Some(member) = self.gated() else { return false };
         let words = member.shared().filter(|s| s.may_rest()).and_then(|s| s.checkpoint());
-        let offered = words.is_some_and(|w| w.may_linger.load(SeqCst) != 0 && w.duty.load(SeqCst) != 0);
-        if !offered || !member.closes_last() || !member.fence(1 << slot::CHECKPOINT) {
+        let comes_back = words.is_some_and(|w| w.comes_back.load(SeqCst) != 0);
+        if !comes_back || !member.closes_last() || !member.shuts_out_newcomers() {
             return false;
         }
-        if member.shuts_out_newcomers() {
-            // Until `xUnlock(NONE)`.
-            self.level = FileLevel::Pending;
-        }
-        let (copied, failed) = match self.copy_back(real) {
-            Ok(()) => (true, false),
-            Err(Left { sync_failed }) => (false, sync_failed),
+        // Until `xUnlock(NONE)`.
+        self.level = FileLevel::Pending;
+        // A reader of an older snapshot needs the pages as they are; nobody may begin another one.
+        let fenced = self.gated().is_some_and(|m| m.fence(ALL_SLOTS));
+        let ended = match fenced {
+            true => self.copy_and_end(real),
+            false => Err(Left { sync_failed: false }),
         };
-        if let Some(member) = self.gated() {
-            member.unfence(1 << slot::CHECKPOINT | 1 << slot::READ0);
+        if let Some(member) = self.gated().filter(|_| fenced) {
+            member.unfence(ALL_SLOTS);
         }
-        if failed {
-            self.repair();
+        match ended {
+            Ok(()) => true,
+            Err(Left { sync_failed }) => {
+                if sync_failed {
+                    self.repair();
+                }
+                // PENDING becomes EXCLUSIVE, or is given back.
+                self.level = FileLevel::Shared;
+                false
+            }
         }
-        if !copied && self.level == FileLevel::Pending {
-            // PENDING becomes EXCLUSIVE, or is given back.
-            self.level = FileLevel::Shared;
-        }
-        copied
     }
 
-    /// Under CHECKPOINT: copies what is not in the database yet. As a checkpoint of SQLite's does it (wal.c
-    /// `walCheckpoint`), but for the database's sync; so nothing is said of it in the index.
-    fn copy_back(&self, real: RealFile) -> Result<(), Left> {
+    /// Under all locks of the index: copies what is not in the database yet, as a checkpoint of SQLite's does it (wal.c
+    /// `walCheckpoint`), and ends the WAL.
+    fn copy_and_end(&self, real: RealFile) -> Result<(), Left> {
         let left = || Left { sync_failed: false };
         let (member, wal) = self.gated().zip(self.wal_file).ok_or_else(left)?;
-        let shared = member.shared().ok_or_else(left)?;
+        let words = member.shared().and_then(|s| s.checkpoint()).ok_or_else(left)?;
         let index = self.wal_index.ok_or_else(left)?;
-        let (table, words) = shared.table().zip(shared.checkpoint()).ok_or_else(left)?;
-        let header = index.valid_header().filter(|h| h.frames() != 0).ok_or_else(left)?;
+        let header = index.valid_header().ok_or_else(left)?;
         let (_, backfilled) = index.progress();
-        let salts = u64::from_ne_bytes(header.salts());
-        let known = (backfilled..=header.frames()).contains(&table.copied())
-            && words.copied_salts.load(SeqCst) == salts;
-        let from = if known { table.copied() } else { backfilled.min(header.frames()) };
-        // Who reads an older snapshot needs the pages as they are, and who reads without the WAL needs them all.
-        let in_the_way = (slot::READ0 + 1..slot::COUNT)
-            .filter(|s| index.read_mark(usize::from(s - slot::READ0)) < header.frames())
-            .any(|s| {
-                !member.fence(1 << s) || {
-                    member.unfence(1 << s);
-                    false
-                }
-            });
-        if header.frames() - from > MOST_FRAMES || in_the_way || !member.fence(1 << slot::READ0) {
+        let from = backfilled.min(header.frames());
+        if header.frames() - from > MOST_FRAMES || wal.length().is_none_or(|length| length > MOST_LEFT) {
             return Err(left());
         }
-        if !self.all_synced(&header, wal)? {
+        if header.frames() == 0 {
+            match wal.length() {
+                // Nobody has written.
+                _ if bears_mark(wal, words) => return Ok(()),
+                Some(0) => return Err(left()),
+                _ => {}
+            }
+        }
+        // A WAL that was begun anew, and not written since, is in the database and on the disk.
+        if header.frames() != 0 {
+            if !self.all_synced(&header, wal)? {
+                return Err(left());
+            }
+            self.copy_pages(&header, from, wal, real).ok_or_else(left)?;
+            if !planted("ended-before-synced") && !real.sync() {
+                // SQLite's own close tries again and tells nobody either. The WAL still has it all.
+                return Err(left());
+            }
+        }
+        let number = number_by_chance().ok_or_else(left)?;
+        words.ended.store(0, SeqCst);
+        if !planted("wal-left-valid") && !wal.write(&ended::mark(number), 0) {
             return Err(left());
         }
-        table.set_copied(0);
-        let copied = self.copy_pages(&header, from, wal, real).ok_or_else(left)?;
-        words.copied_salts.store(salts, SeqCst);
-        words.note_left(&copied);
-        table.set_copied(header.frames());
+        index.invalidate();
+        // Its name too: a WAL that has been removed before may be back after a power loss as long as that is not synced.
+        let sync = || wal.sync(ffi::SQLITE_SYNC_NORMAL, Some(words)) == ffi::SQLITE_OK;
+        if !planted("ended-unsynced") && !sync() {
+            // The mark may be lost: SQLite's last close would remove the WAL next. It finds an index that is not valid, and
+            // leaves the WAL to a recovery, which finds it as it is on the disk: ended or complete.
+            return Err(left());
+        }
+        words.ended.store(number, SeqCst);
         Ok(())
     }
 
@@ -152,8 +173,8 @@ impl MainFile {
         Ok(commits.end(sync))
     }
 
-    /// The newest frame of each page behind frame `from`; then the file as it is.
-    fn copy_pages(&self, header: &Header, from: u32, wal: WalFile, real: RealFile) -> Option<FileStat> {
+    /// The newest frame of each page behind frame `from`; then the file's length.
+    fn copy_pages(&self, header: &Header, from: u32, wal: WalFile, real: RealFile) -> Option<()> {
         let shared = self.gated()?.shared()?;
         let size = header.page_size() as usize;
         if !(512..=65536).contains(&size) {
@@ -180,57 +201,47 @@ impl MainFile {
                 return None;
             }
         }
-        let length = u64::from(header.pages()) * size as u64;
-        if !real.cut(length) {
-            return None;
-        }
-        // SAFETY: the connection's own file, in a call for it.
-        let fd = unsafe { descriptor(real.file, self.library.unix, Path::new(&self.path)) }?;
-        // Not the access time: together they would be a change of attributes, for which the broker watches.
-        let now = clock_gettime(ClockId::CLOCK_REALTIME).ok()?;
-        // A time may only be set by the file's owner, and some filesystems keep no nanoseconds: what somebody else writes
-        // could not be told from this.
-        futimens(fd, &TimeSpec::UTIME_OMIT, &now).ok()?;
-        let set = |st: &FileStat| (st.st_mtime, st.st_mtime_nsec) == (now.tv_sec(), now.tv_nsec());
-        fstat(fd).ok().filter(|st| st.st_size as u64 == length && set(st))
+        real.cut(u64::from(header.pages()) * size as u64).then_some(())
     }
 
-    /// The wal-index is being opened, and nobody else has it open. What it holds is nobody's truth then, and is recovered
-    /// from the WAL; but for a database that has lingered and is as the last close left it. False: an I/O error.
-    pub(super) fn found_alone(&self, real: RealFile, index: WalIndex) -> bool {
-        let shared = self.gated().and_then(|m| m.shared());
-        let Some((table, words)) = shared.and_then(|s| s.table().zip(s.checkpoint())) else { return false };
-        let its_wal = |wal: WalFile| {
-            let header = index.valid_header();
-            header.is_some_and(|header| wal.is(words.wal_inode.load(SeqCst), &header))
-        };
-        let whole = table.is_complete(words, index) && self.wal_file.is_some_and(its_wal);
-        let unchanged = whole && (self.is_as_left(real, words) || planted("changed-file-trusted"));
-        if unchanged || planted("stale-wal-index") {
-            return true;
-        }
-        table.forget_copied();
-        if whole {
-            // Somebody has written to the file, and the WAL is not its any more. (Or has only touched it: then the WAL
-            // holds nothing that the file does not, and is not needed once that is on the disk.)
-            let text = format!(
-                "{} was changed by somebody else after its last close: its WAL is dropped",
-                self.path
-            );
-            self.library.log(ffi::SQLITE_NOTICE, &text);
-            if !real.sync() || self.wal_file.is_none_or(|wal| wal.truncate(0) != ffi::SQLITE_OK) {
-                return false;
-            }
-        }
-        index.invalidate();
-        true
+    /// The header that has been written is the first since the WAL ended, and its mark is on the disk. SQLite syncs a header
+    /// before the frames behind it, because the disk could hold the old header with some of the old frames, and a recovery
+    /// would play those back. Here it holds the mark, old frames or not: what it may hold before the first commit's sync is
+    /// nothing, or frames of that very commit.
+    pub(super) fn header_needs_no_sync(&self) -> bool {
+        let words = self.gated().and_then(|m| m.shared()).and_then(|s| s.checkpoint());
+        let (Some(words), Some(index)) = (words, self.wal_index) else { return false };
+        let published = index.header();
+        // Of no WAL: nobody has written a header before, whether or not it was synced.
+        let first = published.frames() == 0 && published.salts() == [0; 8];
+        first && words.ended.swap(0, SeqCst) != 0 || planted("header-of-any-wal")
     }
 
-    fn is_as_left(&self, real: RealFile, words: &CheckpointWords) -> bool {
-        // SAFETY: as in `copy_pages`.
-        let fd = unsafe { descriptor(real.file, self.library.unix, Path::new(&self.path)) };
-        fd.and_then(|fd| fstat(fd).ok()).is_some_and(|st| words.is_as_left(&st))
+    /// The wal-index is being opened, and nobody else has it open. What it holds is nobody's truth then: it is recovered
+    /// from the WAL.
+    pub(super) fn found_alone(&self, index: WalIndex) {
+        if let Some(words) = self.gated().and_then(|m| m.shared()).and_then(|s| s.checkpoint()) {
+            let inode = self.wal_file.and_then(WalFile::inode).unwrap_or(0);
+            words.wal_is_opened(inode, self.wal_file.is_some_and(|wal| bears_mark(wal, words)));
+        }
+        if !planted("stale-wal-index") {
+            index.invalidate();
+        }
     }
+}
+
+/// The WAL's header is the mark that is on the disk: nobody has written to it since it ended.
+fn bears_mark(wal: WalFile, words: &CheckpointWords) -> bool {
+    let mut bytes = [0; WAL_HEADER as usize];
+    wal.read(&mut bytes, 0) && ended::is_mark(&bytes, words.ended.load(SeqCst))
+}
+
+/// Never 0.
+fn number_by_chance() -> Option<u64> {
+    let mut bytes = [0u8; 8];
+    // SAFETY: the kernel writes at most the buffer's length.
+    let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), libc::GRND_NONBLOCK) };
+    (got == bytes.len() as isize).then(|| u64::from_ne_bytes(bytes) | 1)
 }
 
 /// The WAL is left to SQLite.

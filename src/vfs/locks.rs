@@ -23,7 +23,7 @@ pub fn lock(file: File, w: &mut Wrapped, level: FileLevel) -> c_int {
     let Kind::Main(main) = &mut w.kind else { return ffi::SQLITE_MISUSE };
     if main.gated().is_some() {
         let closes = std::mem::take(&mut main.closing) && level == FileLevel::Exclusive;
-        if closes && main.level == FileLevel::Shared && main.wal_open && main.lingers(real) {
+        if closes && main.level == FileLevel::Shared && main.wal_open && main.ends_wal(real) {
             return ffi::SQLITE_BUSY;
         }
         return gated(main, level);

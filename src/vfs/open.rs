@@ -264,15 +264,12 @@ fn opened_companion(name: *const c_char, file: File, flags: c_int) {
         main.found_no_hot_journal();
     }
     let wal_of = main.gated().filter(|_| wal).and_then(|m| m.shared().cloned());
-    let wal = main.gated().filter(|_| wal).map(|member| {
+    let wal = main.gated().filter(|_| wal).map(|_| {
         // SAFETY: SQLite's name for its WAL, which it has just opened.
         let path = Path::new(std::ffi::OsStr::from_bytes(unsafe { CStr::from_ptr(name) }.to_bytes()));
         // SAFETY: just opened by the unix VFS of that library.
         let fd = unsafe { descriptor(file, main.library.unix, path) };
         let named = fd.and_then(|fd| Some((fd, nix::sys::stat::fstat(fd).ok()?.st_ino)));
-        if let Some((fd, inode)) = named {
-            member.wal_opened(fd, inode);
-        }
         // SAFETY: just opened by the unix VFS.
         WalFile::new(file, unsafe { (*file).pMethods }, named)
     });

@@ -1,6 +1,5 @@
 //! `xShmMap`, `xShmLock`, `xShmBarrier`, `xShmUnmap`: the wal-index and its eight lock slots.
 
-use super::last_close::RealFile;
 use super::locks::{end_turn, take_turn, turn_is_used};
 use super::main_file::MainFile;
 use super::methods::real;
@@ -50,8 +49,7 @@ pub fn map(
     if size as usize != REGION_SIZE {
         return ffi::SQLITE_IOERR_SHMMAP;
     }
-    let real = RealFile { file, methods: w.real };
-    match map_gated(main, real, region, extend != 0) {
+    match map_gated(main, region, extend != 0) {
         Ok(Mapped::At(address)) => {
             *out = address;
             match main.gated().map(|m| m.role()) {
@@ -81,12 +79,11 @@ enum Mapped {
     Failed,
 }
 
-fn map_gated(main: &mut MainFile, real: RealFile, region: u32, extend: bool) -> Result<Mapped, Lost> {
+fn map_gated(main: &mut MainFile, region: u32, extend: bool) -> Result<Mapped, Lost> {
     let member = main.gated().filter(|m| m.is_whole()).ok_or(Lost)?;
     let shared = member.shared().ok_or(Lost)?;
     if !main.wal_open {
-        let usable = member.open_wal_index(|index| main.found_alone(real, index))?;
-        if !usable {
+        if !member.open_wal_index(|index| main.found_alone(index))? {
             return Ok(Mapped::Failed);
         }
     }

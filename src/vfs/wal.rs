@@ -110,6 +110,11 @@ pub fn sync_wal(w: &mut Wrapped, file: File, flags: c_int) -> c_int {
         commits.lose_count();
         return wal.sync(flags, words);
     }
+    if header.is_some() && !checkpoints && main.header_needs_no_sync() {
+        // The commit's own sync is the first, is made at once, and begins to count.
+        commits.lose_count();
+        return ffi::SQLITE_OK;
+    }
     let commit = frame.filter(|_| !checkpoints).and_then(|at| Commit::of(main, writes, at));
     if let Some(commit) = commit.filter(|c| header.is_none() && commits.salts() == c.salts && c.salts != 0)
         && wal.is_powersafe()

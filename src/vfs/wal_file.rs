@@ -10,7 +10,6 @@
 use crate::segment::atomic::SeqCst;
 use crate::segment::layout::CheckpointWords;
 use crate::segment::statx::statx;
-use crate::segment::wal_index::Header;
 use libsqlite3_sys as ffi;
 use nix::errno::Errno;
 use std::ffi::c_int;
@@ -81,20 +80,30 @@ impl WalFile {
         rc == Some(ffi::SQLITE_OK)
     }
 
-    fn length(self) -> Option<u64> {
+    /// All of `bytes` at `offset`, over what is there.
+    pub fn write(self, bytes: &[u8], offset: u64) -> bool {
+        let (from, amount) = (bytes.as_ptr().cast(), bytes.len() as c_int);
+        // SAFETY: as above.
+        let rc = unsafe { (*self.real).xWrite.map(|write| write(self.file, from, amount, offset as i64)) };
+        rc == Some(ffi::SQLITE_OK)
+    }
+
+    pub fn inode(self) -> Option<u64> {
+        self.named.map(|(_, inode)| inode)
+    }
+
+    /// Its descriptor, if the host has not closed it.
+    pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        let (fd, inode) = self.named?;
+        // SAFETY: SQLite's own, open as long as this value is.
+        (inode_of(fd)? == inode).then(|| unsafe { BorrowedFd::borrow_raw(fd) })
+    }
+
+    pub fn length(self) -> Option<u64> {
         let mut length = 0i64;
         // SAFETY: as above.
         let rc = unsafe { (*self.real).xFileSize.map(|f| f(self.file, &mut length)) };
         (rc == Some(ffi::SQLITE_OK)).then_some(length as u64)
-    }
-
-    /// It is the file with that inode and has all the frames of that index.
-    pub fn is(self, inode: u64, header: &Header) -> bool {
-        let mut salts = [0u8; 8];
-        self.named.is_some_and(|(_, named)| named == inode)
-            && self.length().is_some_and(|length| length >= header.length())
-            && self.read(&mut salts, 16)
-            && salts == header.salts()
     }
 
     /// A frame is about to be written that ends there: makes the file longer than that, if it is not. The length that it

@@ -13,9 +13,7 @@ pub enum ToCheckpointer {
     Wal { database: Database },
     /// A checkpoint, please. Answered by [`FromCheckpointer::Done`].
     Checkpoint { database: Database },
-    /// Nobody has the database open and all of its WAL is in it: it is synced, and the WAL emptied. Answered likewise.
-    Settle { database: Database },
-    /// The database is nobody's any more: its descriptors are closed.
+    /// The database is nobody's any more: its descriptors are closed. Answered by [`FromCheckpointer::Forgotten`].
     Forget { database: Database },
 }
 
@@ -26,8 +24,6 @@ pub enum Outcome {
     Copied { frames: u32, backfilled: u32 },
     /// Nothing to do, or somebody else was in the way: asked again when the WAL has grown.
     Nothing,
-    /// The database is synced and its WAL is empty.
-    Settled,
     /// This database cannot be checkpointed here, and why: its members must.
     Unable(String),
     /// A file could not be synced: what was written may be lost, and nobody else will be told.
@@ -39,6 +35,10 @@ pub enum FromCheckpointer {
     Done {
         database: Database,
         outcome: Outcome,
+    },
+    /// It has no descriptor of the database any more.
+    Forgotten {
+        database: Database,
     },
     /// A seat that the broker waits for (socket lane) may go on.
     Kick,

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 /// First field of the keeper's greeting.
 pub const KEEPER_MAGIC: u32 = 0x7457_4b50;
 /// Changes with any change of what is kept.
-pub const KEEPER_VERSION: u32 = 2;
+pub const KEEPER_VERSION: u32 = 3;
 
 /// What a keeper says to whoever connects; its encoding never changes, so that versions can tell each other apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -103,6 +103,8 @@ pub enum ToKeeper {
     GiveBack,
     /// The broker's socket is the service manager's: it stays when keeper and broker have ended.
     LeaveSocket,
+    /// Answered by [`FromKeeper::Done`] once all is done that was said before.
+    Ask(u64),
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -110,4 +112,5 @@ pub enum FromKeeper {
     Kept(Kept),
     /// That was all.
     All,
+    Done(u64),
 }

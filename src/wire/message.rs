@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 /// First field of the first message: anything else on this socket is not turnstile.
 pub const PROTOCOL_MAGIC: u32 = 0x7457_5253;
 /// Changes with any change of a message.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 
 /// The first message of a session; its encoding never changes, so that versions can tell each other apart.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -134,10 +134,6 @@ pub enum ToBroker {
     },
     /// The WAL is due for a checkpoint. Not answered.
     WalGrew {
-        seat: SeatKey,
-    },
-    /// The seat rests and no other one is in use: the database lingers. Not answered.
-    Lingers {
         seat: SeatKey,
     },
     /// This process had the session of which this is the token, with a broker that is gone or on a socket that broke.

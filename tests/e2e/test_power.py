@@ -105,8 +105,18 @@ def test_a_checkpoint_copies_only_what_is_synced():
     survives("wal-normal-3")
 
 
-@fails_without("settled-before-synced", message="VIOLATION")
-def test_the_wal_of_a_database_that_lingered_is_emptied_when_the_database_is_synced():
+@fails_without("ended-before-synced", message="VIOLATION")
+def test_a_last_close_ends_the_wal_when_the_database_is_synced():
+    survives("wal-full-short-1")
+
+
+@fails_without("ended-unsynced", message="a WAL that a recovery would read")
+def test_a_last_close_returns_when_the_wals_end_is_synced():
+    survives("wal-full-short-1")
+
+
+@fails_without("header-of-any-wal", message="VIOLATION")
+def test_a_header_that_is_not_synced_is_the_first_after_a_mark():
     survives("wal-full-short-1")
 
 

@@ -87,7 +87,7 @@ def test_an_opened_again_connection_takes_its_seat_without_a_message():
 
 @fails_without("the-resting-count")
 def test_a_plain_client_gets_in_at_the_last_close_although_seats_rest():
-    with Broker("--linger", "0s") as broker:
+    with Broker("--reuse-wal", "0s") as broker:
         for journal in ("wal", "delete"):
             db = create(broker.path(f"{journal}.db"), journal)
             with Other(db, broker) as other:
@@ -313,7 +313,7 @@ def test_an_idle_broker_exits_over_seats_that_rest():
 
 def test_a_thousand_times_open_and_closed_beside_a_plain_client():
     """The plain client comes whenever nobody is in: it never waits, and sees all that was written."""
-    with Broker("--linger", "0s") as broker:
+    with Broker("--reuse-wal", "0s") as broker:
         db = create(broker.path("app.db"))
         with Other(db, broker) as other, Plain(db) as plain_client:
             rows = 0

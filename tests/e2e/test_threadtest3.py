@@ -38,7 +38,7 @@ def threadtest3(directory, env, speed, tests=(), command=(), limit=100):
 def test_threadtest3():
     # Left out: checkpoint_starvation_*, which count frames of a WAL that somebody else checkpoints here.
     tests = ["walthread[^2]*", "cgt_pager_1", "dynamic_triggers", "create_drop_index_1", "lookaside1", "vacuum1", "stress1"]
-    # By itself: it looks for files, and a database of that name before it leaves its WAL, emptied, if it lingered.
+    # By itself: it looks for files, and a database of that name before it may leave its WAL, ended (`--reuse-wal`).
     for these, expected in (tests, 10), (["walthread2"], 1):
         with Broker() as broker:
             count, _ = threadtest3(broker.dir, broker.env, SPEED, these, (harness.bin(), "run", "--"))

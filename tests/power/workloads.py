@@ -30,7 +30,7 @@ WORKERS = 8
 # durable: an acknowledged transaction survives. With journal_mode=DELETE this needs synchronous=EXTRA: at FULL the
 # directory is not synced after the journal was removed, it may be back, and the transaction be rolled back.
 Workload = collections.namedtuple(
-    "Workload", "name brokered journal synchronous writers readers durable files reopen kill page auto_vacuum mode broker faults linger autocheckpoint",
+    "Workload", "name brokered journal synchronous writers readers durable files reopen kill page auto_vacuum mode broker faults reuse_wal autocheckpoint",
     defaults=("app.db", 0, False, 1024, 0, None, None, (), None, 30))
 
 # Orders (recording.py): what fails, and how often it does not before it does. Not two that plain SQLite does not survive
@@ -62,9 +62,9 @@ WORKLOADS = [
     Workload("guest-wal-full-2", True, "wal", "full", 2, 1, True, reopen=40, mode="guest"),
     Workload("wal-normal-1", True, "wal", "normal", 1, 0, False),
     Workload("wal-full-two-files-2", True, "wal", "full", 2, 1, True, "app.db other.db"),
-    Workload("wal-full-short-1", True, "wal", "full", 1, 0, True, reopen=1, linger="2ms", autocheckpoint=1000),
-    Workload("wal-mixed-short-2", True, "wal", "mixed", 2, 0, True, reopen=1, linger="10ms", autocheckpoint=1000),
-    Workload("wal-normal-short-1", True, "wal", "normal", 1, 0, False, reopen=1, linger="5ms", autocheckpoint=1000),
+    Workload("wal-full-short-1", True, "wal", "full", 1, 0, True, reopen=1, reuse_wal="10s", autocheckpoint=1000),
+    Workload("wal-mixed-short-2", True, "wal", "mixed", 2, 0, True, reopen=1, reuse_wal="10ms", autocheckpoint=1000),
+    Workload("wal-normal-short-1", True, "wal", "normal", 1, 0, False, reopen=1, reuse_wal="5ms", autocheckpoint=1000),
     Workload("delete-extra-3", True, "delete", "extra", 3, 1, True),
     Workload("delete-extra-kill-3", True, "delete", "extra", 3, 1, True, kill=True),
     Workload("truncate-full-3", True, "truncate", "full", 3, 1, True, reopen=40),
@@ -193,6 +193,7 @@ def write(w):
     """Writes and acknowledges. Options: reopen (after so many commits), kill (dies at an operation of chance)."""
     o = w.options
     chance = random.Random(f"{o['seed']}.{w.id}.{o['generation']}")
+    alone = o["writers"] == 1 and not o["readers"] and o["journal"] == "wal"
     db, names = open_database(w)
     w.ready()
     if o["kill"]:
@@ -219,10 +220,26 @@ def write(w):
             measure(w, db, one)
         if o["reopen"] and chance.randrange(o["reopen"]) == 0:
             db.close()
-            if o["linger"] and chance.randrange(8) == 0:
+            if alone:
+                recording.note(how_it_closed(w.path))
+            if o["reuse_wal"] and chance.randrange(8) == 0:
                 time.sleep(0.03)
+            if alone:
+                recording.note("opens")
             db, names = open_database(w)
     db.close()
+
+
+def how_it_closed(path):
+    """After a last close: `ended`, its WAL's file is there, and has ended; `closed`, the WAL is removed (whose name a power
+    loss may bring back, as plain SQLite's)."""
+    try:
+        with open(path + "-wal", "rb") as wal:
+            header = wal.read(32)
+    except FileNotFoundError:
+        return "closed"
+    assert header.startswith(b"turnstile: "), f"a WAL beside a closed database begins with {header}"
+    return "ended"
 
 
 def read(w):
@@ -298,7 +315,7 @@ def run(workload, record, seed, rows, seconds):
 
     if not workload.brokered:
         return all_of_it(None)
-    with Broker(*(["--linger", workload.linger] if workload.linger else []), env=record.env) as broker:
+    with Broker(*(["--reuse-wal", workload.reuse_wal] if workload.reuse_wal else []), env=record.env) as broker:
         results = all_of_it(broker)
         busy = [at for r in results for at in r.get("busy at", [])]
         # After an injected error a rollback journal is hot, and one that looks at it beside others may get BUSY: open,

@@ -52,8 +52,6 @@ pub fn look(file: &Database, broker: Option<&Broker>, known: Option<&Value>, fin
                 "somebody holds an SQLite lock on it who cannot be seen from here (another container)",
                 "run this on the host, as root",
             );
-        } else if known.is_some_and(|known| known["lingers"] == true) {
-            findings.ok("lingers", "nobody has it open; it stays with the broker for a moment");
         } else if members.is_empty() {
             findings.ok("holders", "nobody has it open, as far as can be seen");
         }

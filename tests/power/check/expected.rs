@@ -36,6 +36,18 @@ pub struct Expected {
     owed: Vec<(u64, i64)>,
     /// The same for what only was seen, in the first database.
     seen: Vec<(u64, i64)>,
+    /// Record by record: what is said of the WAL from there on.
+    closed: Vec<(u64, Closed)>,
+}
+
+/// Whether the database is open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Closed {
+    Open,
+    /// The file alone is complete.
+    Alone,
+    /// The same, and no WAL that anybody would read lies beside it.
+    Ended,
 }
 
 impl Expected {
@@ -43,6 +55,7 @@ impl Expected {
         let mut workload = None;
         let mut acknowledged: BTreeMap<i64, BTreeMap<i64, Acknowledged>> = BTreeMap::new();
         let (mut owed, mut seen, mut counters) = (Vec::new(), Vec::new(), BTreeSet::new());
+        let mut closed = Vec::new();
         for number in 0..log.count() {
             let Event::Note(text) = log.event(number)? else { continue };
             let words: Vec<&str> = text.split(' ').collect();
@@ -60,6 +73,9 @@ impl Expected {
                         raise(&mut owed, number, counter);
                     }
                 }
+                ("opens", []) => closed.push((number, Closed::Open)),
+                ("closed", []) => closed.push((number, Closed::Alone)),
+                ("ended", []) => closed.push((number, Closed::Ended)),
                 ("saw", &[counter]) => raise(&mut seen, number, counter),
                 _ => return Err(format!("record {number}: what does {text:?} mean?")),
             }
@@ -68,7 +84,13 @@ impl Expected {
         if owed.is_empty() {
             return Err("the record ends before the databases are there".into());
         }
-        Ok(Expected { workload, acknowledged, commits: counters.len() as u64, owed, seen })
+        Ok(Expected { workload, acknowledged, commits: counters.len() as u64, owed, seen, closed })
+    }
+
+    /// A power loss just before record `position` meets the database like this.
+    pub fn closed_at(&self, position: u64) -> Closed {
+        let before = self.closed.partition_point(|(number, _)| *number < position);
+        before.checked_sub(1).map_or(Closed::Open, |last| self.closed[last].1)
     }
 
     /// What must have survived a power loss just before record `position`: nothing, the databases, or they with all

@@ -2,8 +2,8 @@
 
 use crate::Counts;
 use crate::disk::Disk;
-use crate::expected::Expected;
-use crate::image::{self, Chance};
+use crate::expected::{Closed, Expected};
+use crate::image::{self, Chance, Image};
 use crate::judge;
 use crate::log::{Log, Record};
 use std::fmt;
@@ -142,8 +142,16 @@ impl Job {
         let mut chance = Chance::new(&[self.seed, position, copy]);
         let image = image::make(disk, &mut chance);
         let files = self.files();
-        judge::put(&image, &files).map_err(|e| format!("the image cannot be written: {e}"))?;
+        let put = |image: &Image| {
+            judge::put(image, &files).map_err(|e| format!("the image cannot be written: {e}"))
+        };
+        put(&image)?;
         judge::judge(&files, &self.expected, position)?;
+        if self.expected.closed_at(position) != Closed::Open {
+            let alone = judge::alone(image, &self.expected, position)?;
+            put(&alone)?;
+            judge::judge(&files, &self.expected, position).map_err(|e| format!("without its WAL: {e}"))?;
+        }
         Ok(disk.is_certain())
     }
 
