@@ -94,25 +94,26 @@ impl Finder {
         let numbers = entries.iter().filter_map(|e| e.file_name().to_str()?.parse().ok());
         for pid in numbers.filter(|pid| !own.contains(pid)) {
             let begun = processor_time();
-            let (uid, program) = match taken::who(pid) {
-                Ok(who) if !who.headless => (who.uid, who.program),
-                Ok(_) => {
-                    self.complete = false;
-                    continue;
-                }
+            let who = match taken::who(pid) {
+                Ok(who) => who,
                 Err(e) => {
                     self.complete &= is_gone(&e);
                     continue;
                 }
             };
+            let uid = who.uid;
             let spent = self.spent.get(&uid).copied().unwrap_or_default();
             if self.limited(uid, spent) || self.search.passed_over.contains(&uid) {
                 self.complete = false;
                 continue;
             }
-            match self.table_of(pid, uid) {
-                Ok(table) if table.segments.is_empty() => {}
-                Ok(table) => self.take_from(pid, uid, program, &table)?,
+            let shown = who.headless.then(|| taken::living_thread(pid)).transpose();
+            let place = shown.map(|tid| tid.map_or(format!("/proc/{pid}"), |tid| format!("/proc/{pid}/task/{tid}")));
+            match place.and_then(|place| self.table_of(pid, uid, &place)) {
+                Ok(table) if table.segments.is_empty() && (!who.headless || table.liveness.is_empty()) => {}
+                // A member, perhaps, whose descriptors cannot be taken by the number of its first thread.
+                Ok(_) if who.headless => self.complete = false,
+                Ok(table) => self.take_from(pid, uid, who.program, &table)?,
                 Err(e) => self.complete &= pid == INIT || is_gone(&e),
             }
             *self.spent.entry(uid).or_default() += processor_time().saturating_sub(begun);
@@ -124,10 +125,10 @@ impl Finder {
         uid != self.own && uid != 0 && spent > EACH_USER
     }
 
-    fn table_of(&mut self, pid: i32, uid: u32) -> io::Result<Table> {
+    fn table_of(&mut self, pid: i32, uid: u32, place: &str) -> io::Result<Table> {
         let mut table = Table::default();
         let begun = processor_time();
-        for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        for entry in fs::read_dir(format!("{place}/fd"))? {
             let entry = entry?;
             if self.limited(uid, processor_time().saturating_sub(begun)) {
                 self.complete = false;

@@ -18,6 +18,8 @@ pub struct Who {
     /// Effective.
     pub uid: u32,
     pub program: String,
+    /// The thread of that number has ended.
+    pub ended: bool,
     /// Its first thread has ended, others live: their descriptors are not shown by its number.
     pub headless: bool,
 }
@@ -30,8 +32,22 @@ pub fn who(pid: i32) -> io::Result<Who> {
     let uid = field("Uid:").and_then(|line| line.split_whitespace().nth(1)?.parse().ok());
     let uid = uid.ok_or(io::ErrorKind::InvalidData)?;
     let word = |name: &str| field(name).unwrap_or_default().trim().to_owned();
-    let headless = word("State:").starts_with('Z') && word("Threads:") != "1" && !planted("headless-is-dead");
-    Ok(Who { uid, program: word("Name:"), headless })
+    let ended = word("State:").starts_with(['Z', 'X']);
+    let headless = ended && word("Threads:") != "1" && !planted("headless-is-dead");
+    Ok(Who { uid, program: word("Name:"), ended, headless })
+}
+
+/// A thread of a headless process that has its descriptors.
+pub fn living_thread(pid: i32) -> io::Result<i32> {
+    for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let tid = entry?.file_name().to_str().and_then(|n| n.parse().ok());
+        let Some(tid) = tid.filter(|tid| *tid != pid) else { continue };
+        if who(tid).is_ok_and(|thread| !thread.ended) {
+            return Ok(tid);
+        }
+    }
+    // The last has ended meanwhile.
+    Err(io::Error::from_raw_os_error(libc::ESRCH))
 }
 
 /// A process that cannot become another one.

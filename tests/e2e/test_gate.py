@@ -239,7 +239,7 @@ class Wire:
         self.s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.s.settimeout(10)
         self.s.connect(broker.socket)
-        self.send(varint(0x74575253) + varint(3))
+        self.send(varint(0x74575253) + varint(4))
         self.s.recv(4096)
         memfd = os.memfd_create("liveness", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(memfd, 4096)
