@@ -9,7 +9,6 @@ use model::{Actor, BROKER, Scenario, World, check, choose, post, wait_for_post};
 use turnstile::lock::SeatId;
 use turnstile::lock::queue::{Lane, Queue};
 use turnstile::lock::rest::Rest;
-use turnstile::lock::table::Table;
 use turnstile::segment::atomic::SeqCst;
 
 /// Where the gate is open, in `World::mail`; below it, that the seat of that number has said it leaves.
