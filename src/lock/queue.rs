@@ -67,6 +67,7 @@ impl<'a> Lane<'a> {
     pub fn submit(&mut self, id: SeatId, ask: Ask, (connection, thread): (u64, u32)) -> Option<Verdict> {
         if self.is_waiting(id) {
             self.forget_request(id);
+            self.with(id, |seat| seat.request_refused());
         }
         let brokered = self.queue.seats.entry(id).or_default();
         brokered.thread = thread;

@@ -24,8 +24,30 @@ const BUSY: Attempt = Attempt::Done(Verdict::Busy);
 const WAIT: Attempt = Attempt::Wait { for_turn: false };
 
 impl Seat<'_> {
+    /// One attempt at a request. After BUSY the seat holds what it held before the request, whatever was tried first.
     pub fn attempt(&self, ask: Ask) -> Attempt {
         self.count_call();
+        let attempt = self.try_request(ask);
+        match attempt {
+            Attempt::Done(Verdict::Granted { .. }) => self.request_granted(),
+            BUSY => self.request_refused(),
+            Attempt::Wait { .. } => {}
+        }
+        attempt
+    }
+
+    /// For who does not wait: what would have to is refused.
+    pub fn attempt_once(&self, ask: Ask) -> Verdict {
+        match self.attempt(ask) {
+            Attempt::Done(verdict) => verdict,
+            Attempt::Wait { .. } => {
+                self.request_refused();
+                Verdict::Busy
+            }
+        }
+    }
+
+    fn try_request(&self, ask: Ask) -> Attempt {
         if self.wants_turn(ask) {
             let comes_with = match ask.request {
                 Request::ShmExclusive { slots, .. } => slots.mask().unwrap_or(0),
@@ -123,19 +145,15 @@ impl Seat<'_> {
         if !t.file_shared(self.id) || self.foreign(t.reserved()) || self.file_is_closed() {
             return BUSY;
         }
-        let had_turn = self.has_turn();
         if !self.take_turn(0) {
             return BUSY;
         }
         let reserved = &t.words.file.0.reserved;
-        let mine =
-            t.reserved() == Some(self.id) || reserved.compare_exchange(0, self.id, SeqCst, SeqCst).is_ok();
+        let had = t.reserved() == Some(self.id);
+        let mine = had || reserved.compare_exchange(0, self.id, SeqCst, SeqCst).is_ok();
         if !mine || self.file_is_closed() || !self.turn().confirm(self.id) {
-            if mine {
+            if mine && !had {
                 let _ = reserved.compare_exchange(self.id, 0, SeqCst, SeqCst);
-            }
-            if !had_turn {
-                self.end_turn();
             }
             return BUSY;
         }
@@ -222,14 +240,17 @@ impl Seat<'_> {
                 Upgrade::Stale => return BUSY,
             }
         }
+        let had = self.table.slot_owner(slot::WRITE) == Some(self.id);
         if !self.table.try_slots_exclusive(self.id, mask) {
             // With the turn, and in recovery, only a recovery or a checkpoint stands in the way: wait.
             return WAIT;
         }
         if in_turn && !self.turn().confirm(self.id) {
             // Taken back between the two: whoever has it now would meet this writer.
-            self.table.release_slots_exclusive(self.id, mask);
-            self.wake_sleepers();
+            if !had {
+                self.table.release_slots_exclusive(self.id, mask);
+                self.wake_sleepers();
+            }
             return BUSY;
         }
         self.granted(false)

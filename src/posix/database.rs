@@ -130,7 +130,10 @@ impl Seat {
             Ok(Some(Verdict::Busy)) => Err(Errno::EAGAIN),
             Ok(Some(granted)) => Ok(granted),
             // It would have to wait, or the segment is not to be used any more: the next one says so.
-            Ok(None) => Err(Errno::EAGAIN),
+            Ok(None) => {
+                self.member.refuse();
+                Err(Errno::EAGAIN)
+            }
             Err(Lost) => Err(Errno::EIO),
         }
     }

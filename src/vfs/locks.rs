@@ -6,6 +6,7 @@ use super::methods::real;
 use super::wrapped::{Kind, Wrapped};
 use crate::client::Lost;
 use crate::lock::{Ask, FileLevel, Release, Request, Verdict};
+use crate::planted::planted;
 use libsqlite3_sys as ffi;
 use std::ffi::c_int;
 use std::time::Duration;
@@ -29,6 +30,7 @@ pub fn lock(file: File, w: &mut Wrapped, level: FileLevel) -> c_int {
         return gated(main, level);
     }
     let guest = main.guest().is_some() && level > main.level;
+    let before = Before::of(main);
     if guest && level == FileLevel::Shared && take_turn(main).is_err() {
         main.log_lost();
         return ffi::SQLITE_IOERR_LOCK;
@@ -56,9 +58,29 @@ pub fn lock(file: File, w: &mut Wrapped, level: FileLevel) -> c_int {
         _ => {}
     }
     if rc != ffi::SQLITE_OK && guest && level == FileLevel::Shared {
-        end_turn(main);
+        before.give_back(main);
     }
     rc
+}
+
+/// Guest mode: what a connection had before a request. The turn that was taken for a request goes back if the unix VFS
+/// refuses the lock, as [`Seat::request_refused`](crate::lock::seat::Seat::request_refused) has it.
+pub struct Before {
+    turn: bool,
+    second_chance: bool,
+}
+
+impl Before {
+    pub fn of(main: &MainFile) -> Before {
+        Before { turn: main.turn, second_chance: main.second_chance }
+    }
+
+    pub fn give_back(&self, main: &mut MainFile) {
+        if !self.turn && !planted("busy-keeps-turn") {
+            main.second_chance |= self.second_chance;
+            end_turn(main);
+        }
+    }
 }
 
 /// Guest mode: takes the turn before the snapshot, if what begins will write.
@@ -113,9 +135,9 @@ fn try_gated(main: &mut MainFile, level: FileLevel) -> Result<c_int, Lost> {
     }
     let request = Request::File { level, hot_journal: main.hot_journal };
     let verdict = main.ask(Ask { request, ahead }, || false)?.verdict;
-    main.second_chance &= !ahead;
     match verdict {
         Verdict::Granted { turn, probation } => {
+            main.second_chance &= !ahead;
             main.turn = turn;
             match ahead && turn {
                 true => main.note_ahead(),

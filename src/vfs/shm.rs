@@ -1,6 +1,6 @@
 //! `xShmMap`, `xShmLock`, `xShmBarrier`, `xShmUnmap`: the wal-index and its eight lock slots.
 
-use super::locks::{end_turn, take_turn, turn_is_used};
+use super::locks::{Before, end_turn, take_turn, turn_is_used};
 use super::main_file::MainFile;
 use super::methods::real;
 use super::wrapped::{Kind, Wrapped};
@@ -195,8 +195,8 @@ fn acquire_read(main: &mut MainFile, slots: Slots) -> Result<c_int, Lost> {
     let read_slot = slots.mask().unwrap_or(0).trailing_zeros() as u8;
     let before = if ahead { main.snapshot_basis(read_slot) } else { None };
     let outcome = main.ask(Ask { request: Request::ShmShared(slots), ahead }, || false)?;
-    main.second_chance &= !ahead;
     let Verdict::Granted { turn, .. } = outcome.verdict else { return Ok(ffi::SQLITE_BUSY) };
+    main.second_chance &= !ahead;
     main.turn = turn;
     if ahead && turn {
         main.note_ahead();
@@ -306,6 +306,7 @@ fn guest_lock(file: File, w: &mut Wrapped, slots: Slots, flags: c_int) -> c_int 
     let (first, count) = slots.bounds();
     let Kind::Main(main) = &mut w.kind else { return ffi::SQLITE_MISUSE };
     let guest = main.guest().is_some();
+    let held = Before::of(main);
     let mut before = None;
     if guest && locking {
         let read_slot = first as u8;
@@ -332,6 +333,9 @@ fn guest_lock(file: File, w: &mut Wrapped, slots: Slots, flags: c_int) -> c_int 
     if rc != ffi::SQLITE_OK || !guest {
         if rc == ffi::SQLITE_BUSY && slots.is_write() && main.reads() {
             main.second_chance = true;
+        }
+        if guest && locking {
+            held.give_back(main);
         }
         return rc;
     }

@@ -19,7 +19,28 @@ pub(super) enum Attempt {
 const BUSY: Attempt = Attempt::Done(Verdict::Busy);
 
 impl Locks {
+    /// After BUSY the seat holds what it held before the request.
     pub(super) fn attempt(&mut self, seat: SeatId, ask: Ask, ticket: Option<Ticket>) -> Attempt {
+        let had_turn = self.turn.held_by(seat);
+        let attempt = self.try_request(seat, ask, ticket);
+        if self.turn.held_by(seat) && !had_turn {
+            self.took_turn.insert(seat);
+        }
+        match attempt {
+            Attempt::Done(Verdict::Granted { .. }) => drop(self.took_turn.remove(&seat)),
+            Attempt::Done(Verdict::Busy) => self.refused(seat),
+            Attempt::Wait { .. } => {}
+        }
+        attempt
+    }
+
+    pub(super) fn refused(&mut self, seat: SeatId) {
+        if self.took_turn.remove(&seat) {
+            self.turn.end(seat);
+        }
+    }
+
+    fn try_request(&mut self, seat: SeatId, ask: Ask, ticket: Option<Ticket>) -> Attempt {
         if self.wants_turn(seat, ask) {
             let comes_with = match ask.request {
                 Request::ShmExclusive { slots, .. } => slots.mask().unwrap_or(0),
