@@ -233,6 +233,10 @@ pub fn blockers(turn: Turn<'_>, id: SeatId) -> Vec<SeatId> {
         WaitsFor::Exclusive => blockers.extend(table.other_readers(id)),
         WaitsFor::Write => blockers.extend(table.slot_owner(super::slot::WRITE)),
         WaitsFor::Recovery => blockers.extend(table.slot_owner(super::slot::RECOVER)),
+        WaitsFor::Checkpoint => {
+            blockers.extend(table.slot_owner(super::slot::CHECKPOINT));
+            blockers.extend(table.begins_anew_elsewhere(id));
+        }
     }
     blockers.retain(|b| *b != id && table.members.has(*b));
     blockers.sort_unstable();

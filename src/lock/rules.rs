@@ -217,7 +217,22 @@ impl Seat<'_> {
     fn shm_exclusive(&self, slots: Slots, blocking: bool) -> Attempt {
         let Some(mask) = slots.mask() else { return BUSY };
         if !slots.is_write() {
+            // A reader's mark, a single slot, is each transaction's; these two are not.
+            let may_meet = mask & 1 << slot::CHECKPOINT != 0 || slots.begin_anew();
+            let meets = || if may_meet { self.checkpoint_meets_new_beginning(slots) } else { None };
+            if let Some(not_now) = meets() {
+                return not_now;
+            }
+            let had = if may_meet { self.table.owned_slots(self.id) } else { 0 };
             if self.table.try_slots_exclusive(self.id, mask) {
+                if let Some(not_now) = meets() {
+                    self.table.release_slots_exclusive(self.id, mask & !had);
+                    self.wake_sleepers(); // who saw these slots taken, and waits for them
+                    return not_now;
+                }
+                if mask & 1 << slot::CHECKPOINT != 0 && self.table.begins_anew(self.id) {
+                    self.wake_sleepers(); // another's checkpoint waits for the end of that, and is BUSY now
+                }
                 return self.granted(false);
             }
             // An application's own checkpoint would be BUSY at once, beside one that ends by itself.
@@ -254,6 +269,29 @@ impl Seat<'_> {
             return BUSY;
         }
         self.granted(false)
+    }
+
+    /// No WAL is begun anew beside another seat's checkpoint: what the request comes to if it would be.
+    ///
+    /// SQLite before 3.51.3 (but 3.50.7 and 3.44.6) reads the index's header under CHECKPOINT, and takes the WAL for what
+    /// that says to the end (sqlite3WalCheckpoint). If a writer begins the WAL anew in between, the checkpoint copies
+    /// what is left of the old WAL and counts as many frames of the new one as copied, which then are overwritten: the
+    /// database is malformed. Later versions look at the salts once more.
+    ///
+    /// A writer that is told BUSY appends (walRestartLog). A checkpoint waits: to begin anew takes microseconds. Each
+    /// takes its slots first and looks for the other's then, so of two at once at least one steps back. The same look
+    /// is taken before that, so that mostly nothing has to be given back.
+    fn checkpoint_meets_new_beginning(&self, slots: Slots) -> Option<Attempt> {
+        let mask = slots.mask()?;
+        let checkpoint = self.foreign(self.table.slot_owner(slot::CHECKPOINT));
+        if mask & 1 << slot::CHECKPOINT != 0 {
+            // Beside another's checkpoint it is not this that is in the way.
+            let meets = !checkpoint && self.table.begins_anew_elsewhere(self.id).is_some();
+            let answer = if slots.is_checkpoint() { WAIT } else { BUSY };
+            return (meets && !planted("checkpoint-beside-new-beginning")).then_some(answer);
+        }
+        let meets = slots.begin_anew() && checkpoint;
+        (meets && !planted("new-beginning-beside-checkpoint")).then_some(BUSY)
     }
 
     /// A reader asks for WRITE: whoever has the turn will make its snapshot stale, so waiting cannot help. But the

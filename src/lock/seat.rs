@@ -59,12 +59,13 @@ pub enum WaitsFor {
     Exclusive,
     Write,
     Recovery,
+    Checkpoint,
 }
 
 impl WaitsFor {
     pub fn from_code(code: u32) -> Option<WaitsFor> {
-        use WaitsFor::{Exclusive, Recovery, Shared, Turn, Write};
-        [Turn, Shared, Exclusive, Write, Recovery].into_iter().find(|w| *w as u32 == code)
+        use WaitsFor::{Checkpoint, Exclusive, Recovery, Shared, Turn, Write};
+        [Turn, Shared, Exclusive, Write, Recovery, Checkpoint].into_iter().find(|w| *w as u32 == code)
     }
 
     /// `for_turn`: the turn comes first, and is missing.
@@ -75,6 +76,7 @@ impl WaitsFor {
             Request::File { level: FileLevel::Shared, .. } => WaitsFor::Shared,
             Request::File { .. } => WaitsFor::Exclusive,
             Request::ShmShared(_) => WaitsFor::Recovery,
+            Request::ShmExclusive { slots, .. } if slots.is_checkpoint() => WaitsFor::Checkpoint,
             Request::ShmExclusive { .. } => WaitsFor::Write,
         }
     }
@@ -87,6 +89,7 @@ impl WaitsFor {
             WaitsFor::Exclusive => "EXCLUSIVE",
             WaitsFor::Write => "the WAL write lock",
             WaitsFor::Recovery => "a wal-index slot",
+            WaitsFor::Checkpoint => "the checkpoint lock",
         }
     }
 }
@@ -283,6 +286,7 @@ impl<'a> Seat<'a> {
             }
             Release::ShmExclusive { slots, keep_turn } => {
                 let Some(mask) = slots.mask() else { return };
+                let began_anew = mask & slot::WAL_READERS != 0 && self.table.begins_anew(self.id);
                 self.table.release_slots_exclusive(self.id, mask);
                 // WRITE outside a read transaction is recovery: the turn, if the seat has it, was taken for the
                 // transaction that follows. A checkpoint's came with its lock and goes with it.
@@ -292,7 +296,7 @@ impl<'a> Seat<'a> {
                     self.end_turn();
                 }
                 let checkpoint = mask & 1 << slot::CHECKPOINT != 0 && self.id == CHECKPOINTER;
-                if mask & (1 << slot::WRITE | 1 << slot::RECOVER) != 0 || checkpoint {
+                if mask & (1 << slot::WRITE | 1 << slot::RECOVER) != 0 || began_anew || checkpoint {
                     self.wake_sleepers();
                 }
             }

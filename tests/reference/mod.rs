@@ -281,6 +281,10 @@ impl Locks {
             Request::File { .. } => blockers.extend(self.table.other_readers(seat)),
             Request::ShmShared(s) | Request::ShmExclusive { slots: s, .. } => {
                 blockers.extend(self.table.slots_blocked_by(seat, s.mask().unwrap_or(0)));
+                if matches!(w.ask.request, Request::ShmExclusive { slots, .. } if slots.is_checkpoint()) {
+                    // Who begins the WAL anew.
+                    blockers.extend(self.table.slot_owner(slot::READ0 + 1));
+                }
             }
             Request::Turn => {}
         }

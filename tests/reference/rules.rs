@@ -158,6 +158,17 @@ impl Locks {
     fn shm_exclusive(&mut self, seat: SeatId, slots: Slots) -> Attempt {
         let Some(mask) = slots.mask() else { return BUSY };
         if !slots.is_write() {
+            // No WAL is begun anew beside another seat's checkpoint.
+            let begins_anew = |mask: u8| mask & slot::WAL_READERS == slot::WAL_READERS;
+            let foreign = |owner: Option<SeatId>| owner.is_some_and(|o| o != seat);
+            let checkpoints = mask & 1 << slot::CHECKPOINT != 0;
+            let beside = foreign(self.table.slot_owner(slot::CHECKPOINT));
+            if checkpoints && !beside && self.table.begins_anew_elsewhere(seat) {
+                return if slots.is_checkpoint() { Attempt::Wait { for_turn: false } } else { BUSY };
+            }
+            if !checkpoints && begins_anew(mask) && beside {
+                return BUSY;
+            }
             return match self.table.try_slots_exclusive(seat, mask) {
                 true => self.granted(seat, false),
                 false => BUSY,
