@@ -161,5 +161,7 @@ fn one_dies_over_a_checkpoint_or_a_wal_begun_anew() {
         exclusively(a, Slots::new(slot::READ0 + 1, 4).unwrap());
         a.seat().release(unwrite());
     };
-    check(&[], || Scenario::new().mortal(1, checkpoint).mortal(2, begin_anew).seat(3, checkpoint).preemptions(2));
+    check(&[], || {
+        Scenario::new().mortal(1, checkpoint).mortal(2, begin_anew).seat(3, checkpoint).preemptions(2)
+    });
 }

@@ -69,6 +69,8 @@ pub struct MainFile {
     pub write_basis: Option<Header>,
     /// A write lock was refused: whatever the next transaction does, it takes its turn first.
     pub second_chance: bool,
+    /// Guest mode: CHECKPOINT is held as well, while the WAL is begun anew.
+    pub keeps_checkpoints_out: bool,
     /// Admitted on probation: say when there is no hot journal.
     pub probation: bool,
     /// A `-journal` was read under this SHARED lock.
@@ -140,6 +142,7 @@ impl MainFile {
             begun: Begun::default(),
             write_basis: None,
             second_chance: false,
+            keeps_checkpoints_out: false,
             probation: false,
             hot_journal: false,
             told_timeout: false,

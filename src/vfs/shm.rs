@@ -6,6 +6,7 @@ use super::methods::real;
 use super::wrapped::{Kind, Wrapped};
 use crate::client::Lost;
 use crate::lock::{Ask, FileLevel, Release, Request, Slots, Verdict, slot};
+use crate::planted::planted;
 use crate::segment::layout::REGION_SIZE;
 use crate::segment::wal_index::WalIndex;
 use crate::wire::message::Role;
@@ -160,7 +161,7 @@ fn plain_request(main: &mut MainFile, request: Request, slots: Slots) -> Result<
 fn acquire_checkpoint(main: &mut MainFile, slots: Slots) -> Result<c_int, Lost> {
     let blocking = main.asked_for_checkpoint();
     let request = Request::ShmExclusive { slots, blocking };
-    let ahead = main.reads_nothing() && !crate::planted::planted("checkpoint-beside-writers");
+    let ahead = main.reads_nothing() && !planted("checkpoint-beside-writers");
     let begun = Instant::now();
     let mut verdict = main.ask(Ask { request, ahead }, || begun.elapsed() >= CHECKPOINT_PATIENCE)?.verdict;
     if verdict == Verdict::Busy && blocking {
@@ -223,7 +224,7 @@ fn acquire_write(main: &mut MainFile, slots: Slots) -> Result<c_int, Lost> {
         // WRITE outside a read transaction: walIndexReadHdr found a header it could not read. Mostly it was
         // just being written, and valid again by now: BUSY makes wal.c look again. Else wait for whoever
         // recovers it, and look again after that.
-        Some(index) if !ordinary && !crate::planted::planted("torn-header-queues") => {
+        Some(index) if !ordinary && !planted("torn-header-queues") => {
             if index.valid_header().is_some() {
                 return Ok(ffi::SQLITE_BUSY);
             }
@@ -288,7 +289,7 @@ fn release(main: &mut MainFile, slots: Slots, shared: bool) -> Result<c_int, Los
             Release::ShmExclusive { slots, keep_turn }
         }
     };
-    main.turn &= !turn_ends || crate::planted::planted("turn-noted-for-good");
+    main.turn &= !turn_ends || planted("turn-noted-for-good");
     main.gated().ok_or(Lost)?.release(release)?;
     if ends {
         main.snapshot_ends();
@@ -328,7 +329,16 @@ fn guest_lock(file: File, w: &mut Wrapped, slots: Slots, flags: c_int) -> c_int 
             return ffi::SQLITE_IOERR_SHMLOCK;
         }
     }
+    if guest && locking && begins_anew(main, slots, shared) {
+        let rc = keep_checkpoints_out(file, w);
+        if rc != ffi::SQLITE_OK {
+            return rc;
+        }
+    }
     let rc = real!(w, xShmLock, ffi::SQLITE_IOERR_SHMLOCK, file, first, count, flags);
+    if slots.begin_anew() && (rc != ffi::SQLITE_OK || !locking) {
+        let_checkpoints_in(file, w);
+    }
     let Kind::Main(main) = &mut w.kind else { return rc };
     if rc != ffi::SQLITE_OK || !guest {
         if rc == ffi::SQLITE_BUSY && slots.is_write() && main.reads() {
@@ -360,6 +370,34 @@ fn guest_lock(file: File, w: &mut Wrapped, slots: Slots, flags: c_int) -> c_int 
         end_turn(main);
     }
     rc
+}
+
+/// A writer is about to begin the WAL anew (walRestartLog), and no checkpoint.
+fn begins_anew(main: &MainFile, slots: Slots, shared: bool) -> bool {
+    slots.begin_anew()
+        && !shared
+        && !main.owns(slot::CHECKPOINT)
+        && !planted("new-beginning-beside-checkpoint")
+}
+
+/// Guest mode: the WAL is not begun anew beside a checkpoint, whoever's that is, nor does one begin meanwhile (as
+/// `Seat::checkpoint_meets_new_beginning` has it). Only the kernel knows who has CHECKPOINT here, so the lock itself is
+/// taken. A plain client that begins the WAL anew takes no heed of a guest's checkpoint.
+fn keep_checkpoints_out(file: File, w: &mut Wrapped) -> c_int {
+    let flags = ffi::SQLITE_SHM_LOCK | ffi::SQLITE_SHM_EXCLUSIVE;
+    let rc = real!(w, xShmLock, ffi::SQLITE_IOERR_SHMLOCK, file, c_int::from(slot::CHECKPOINT), 1, flags);
+    if let Kind::Main(main) = &mut w.kind {
+        main.keeps_checkpoints_out = rc == ffi::SQLITE_OK;
+    }
+    rc
+}
+
+fn let_checkpoints_in(file: File, w: &mut Wrapped) {
+    let Kind::Main(main) = &mut w.kind else { return };
+    if std::mem::take(&mut main.keeps_checkpoints_out) {
+        let flags = ffi::SQLITE_SHM_UNLOCK | ffi::SQLITE_SHM_EXCLUSIVE;
+        real!(w, xShmLock, ffi::SQLITE_OK, file, c_int::from(slot::CHECKPOINT), 1, flags);
+    }
 }
 
 pub fn barrier(file: File, w: &Wrapped) {
