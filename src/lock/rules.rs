@@ -47,6 +47,20 @@ impl Seat<'_> {
         }
     }
 
+    /// A request has been granted: what was taken for it stays.
+    fn request_granted(&self) {
+        self.own.for_request.set(false);
+    }
+
+    /// A request has ended BUSY: the turn goes back, if it was taken for that request. SQLite makes no call that would
+    /// end it: it holds no lock of which it knows. (What is tried below leaves no lock behind.)
+    pub fn request_refused(&self) {
+        if self.own.for_request.replace(false) && !planted("busy-keeps-turn") {
+            self.own.comes_with.set(0);
+            self.end_turn();
+        }
+    }
+
     fn try_request(&self, ask: Ask) -> Attempt {
         if self.wants_turn(ask) {
             let comes_with = match ask.request {

@@ -21,9 +21,9 @@ pub const LEAST_STREAK_MICROS: u64 = 300;
 #[derive(Debug, Default)]
 pub struct Own {
     /// The turn came with these wal-index slots, outside any read transaction (a checkpoint): it ends with them.
-    comes_with: Cell<u8>,
+    pub(super) comes_with: Cell<u8>,
     /// The turn was taken for the request that is being made. If that ends BUSY, the turn goes back.
-    for_request: Cell<bool>,
+    pub(super) for_request: Cell<bool>,
     /// Its commits wait for a sync outside the turn: it takes no streak, and looks a while for the turn before it
     /// stands in the line.
     pub hurries: Cell<bool>,
@@ -146,20 +146,6 @@ impl<'a> Seat<'a> {
     /// Ends this seat's turn, if it has it.
     pub fn end_turn(&self) -> bool {
         self.turn().end(self.id, || self.streak())
-    }
-
-    /// A request has been granted: what was taken for it stays.
-    pub(super) fn request_granted(&self) {
-        self.own.for_request.set(false);
-    }
-
-    /// A request has ended BUSY: the turn goes back, if it was taken for that request. SQLite makes no call that would
-    /// end it: it holds no lock of which it knows. ([`super::table`] and [`super::rules`] leave no lock behind.)
-    pub fn request_refused(&self) {
-        if self.own.for_request.replace(false) && !planted("busy-keeps-turn") {
-            self.own.comes_with.set(0);
-            self.end_turn();
-        }
     }
 
     /// Called when somebody waits: begins the streak if there is none.

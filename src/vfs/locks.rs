@@ -1,12 +1,12 @@
 //! `xLock`, `xUnlock`, `xCheckReservedLock`: the file locks, gated and in guest mode.
 
+use super::guest::{Before, end_turn, take_turn, turn_is_used};
 use super::last_close::RealFile;
 use super::main_file::MainFile;
 use super::methods::real;
 use super::wrapped::{Kind, Wrapped};
 use crate::client::Lost;
 use crate::lock::{Ask, FileLevel, Release, Request, Verdict};
-use crate::planted::planted;
 use libsqlite3_sys as ffi;
 use std::ffi::c_int;
 use std::time::Duration;
@@ -61,55 +61,6 @@ pub fn lock(file: File, w: &mut Wrapped, level: FileLevel) -> c_int {
         before.give_back(main);
     }
     rc
-}
-
-/// Guest mode: what a connection had before a request. The turn that was taken for a request goes back if the unix VFS
-/// refuses the lock, as [`Seat::request_refused`](crate::lock::seat::Seat::request_refused) has it.
-pub struct Before {
-    turn: bool,
-    second_chance: bool,
-}
-
-impl Before {
-    pub fn of(main: &MainFile) -> Before {
-        Before { turn: main.turn, second_chance: main.second_chance }
-    }
-
-    pub fn give_back(&self, main: &mut MainFile) {
-        if !self.turn && !planted("busy-keeps-turn") {
-            main.second_chance |= self.second_chance;
-            end_turn(main);
-        }
-    }
-}
-
-/// Guest mode: takes the turn before the snapshot, if what begins will write.
-pub fn take_turn(main: &mut MainFile) -> Result<(), Lost> {
-    if main.takes_turn_ahead() && !main.turn {
-        let outcome = main.ask(Ask { request: Request::Turn, ahead: true }, || false)?;
-        main.turn = matches!(outcome.verdict, Verdict::Granted { turn: true, .. });
-        main.second_chance = false;
-    }
-    Ok(())
-}
-
-/// Guest mode: the write lock followed the turn.
-pub fn turn_is_used(main: &mut MainFile) {
-    if main.turn
-        && let Some(member) = main.seat()
-    {
-        let _ = member.turn_is_used();
-    }
-    main.progress();
-}
-
-/// Guest mode: the transaction is over.
-pub fn end_turn(main: &mut MainFile) {
-    if std::mem::take(&mut main.turn)
-        && let Some(member) = main.seat()
-    {
-        let _ = member.release(Release::Turn);
-    }
 }
 
 fn gated(main: &mut MainFile, level: FileLevel) -> c_int {

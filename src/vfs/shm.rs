@@ -1,6 +1,6 @@
 //! `xShmMap`, `xShmLock`, `xShmBarrier`, `xShmUnmap`: the wal-index and its eight lock slots.
 
-use super::locks::{Before, end_turn, take_turn, turn_is_used};
+use super::guest;
 use super::main_file::MainFile;
 use super::methods::real;
 use super::wrapped::{Kind, Wrapped};
@@ -122,7 +122,7 @@ pub fn lock(file: File, w: &mut Wrapped, first: c_int, count: c_int, flags: c_in
     let result = match main.gated().is_some() {
         true if locking => acquire(main, slots, shared),
         true => release(main, slots, shared),
-        false => return guest_lock(file, w, slots, flags),
+        false => return guest::lock(file, w, slots, flags),
     };
     match result {
         Ok(rc) => rc,
@@ -152,7 +152,7 @@ fn plain_request(main: &mut MainFile, request: Request, slots: Slots) -> Result<
     if verdict == Verdict::Busy {
         return Ok(ffi::SQLITE_BUSY);
     }
-    note_held(main, slots, matches!(request, Request::ShmShared(_)));
+    main.note_held(slots, matches!(request, Request::ShmShared(_)));
     Ok(ffi::SQLITE_OK)
 }
 
@@ -170,16 +170,8 @@ fn acquire_checkpoint(main: &mut MainFile, slots: Slots) -> Result<c_int, Lost> 
     }
     let Verdict::Granted { turn, .. } = verdict else { return Ok(ffi::SQLITE_BUSY) };
     main.turn = turn;
-    note_held(main, slots, false);
+    main.note_held(slots, false);
     Ok(ffi::SQLITE_OK)
-}
-
-fn note_held(main: &mut MainFile, slots: Slots, shared: bool) {
-    let mask = slots.mask().unwrap_or(0);
-    match shared {
-        true => main.shared_slots |= mask,
-        false => main.exclusive_slots |= mask,
-    }
 }
 
 /// A read transaction begins: the turn first if it will write, then the snapshot.
@@ -202,7 +194,7 @@ fn acquire_read(main: &mut MainFile, slots: Slots) -> Result<c_int, Lost> {
     if ahead && turn {
         main.note_ahead();
     }
-    note_held(main, slots, true);
+    main.note_held(slots, true);
     // What SQLite compares has changed while we waited: it will drop this lock and ask again. That unlock is
     // not the end of the transaction.
     main.retry_expected = ahead && turn && before != main.snapshot_basis(read_slot);
@@ -242,7 +234,7 @@ fn acquire_write(main: &mut MainFile, slots: Slots) -> Result<c_int, Lost> {
                 main.progress();
             }
             main.write_basis = main.wal_index.filter(|_| main.reruns()).map(|i| i.header());
-            note_held(main, slots, false);
+            main.note_held(slots, false);
             Ok(ffi::SQLITE_OK)
         }
         Verdict::Busy => {
@@ -298,106 +290,6 @@ fn release(main: &mut MainFile, slots: Slots, shared: bool) -> Result<c_int, Los
         main.wal_has_grown();
     }
     Ok(ffi::SQLITE_OK)
-}
-
-/// Guest mode: the unix VFS's locks, with the turn around them.
-fn guest_lock(file: File, w: &mut Wrapped, slots: Slots, flags: c_int) -> c_int {
-    let locking = flags & ffi::SQLITE_SHM_LOCK != 0;
-    let shared = flags & ffi::SQLITE_SHM_SHARED != 0;
-    let (first, count) = slots.bounds();
-    let Kind::Main(main) = &mut w.kind else { return ffi::SQLITE_MISUSE };
-    let guest = main.guest().is_some();
-    let held = Before::of(main);
-    let mut before = None;
-    if guest && locking {
-        let read_slot = first as u8;
-        let begins = shared && slots.is_one_read();
-        let checkpoint = !shared && slots.is_write() && !main.reads() && main.owns(slot::CHECKPOINT);
-        if begins {
-            main.retry_expected = false;
-            before = main.snapshot_basis(read_slot);
-        }
-        let taken = match (begins, checkpoint) {
-            (true, _) => take_turn(main),
-            (_, true) => main.ask(Ask { request: Request::Turn, ahead: true }, || false).map(|o| {
-                main.turn = matches!(o.verdict, Verdict::Granted { turn: true, .. });
-            }),
-            _ => Ok(()),
-        };
-        if taken.is_err() {
-            main.log_lost();
-            return ffi::SQLITE_IOERR_SHMLOCK;
-        }
-    }
-    if guest && locking && begins_anew(main, slots, shared) {
-        let rc = keep_checkpoints_out(file, w);
-        if rc != ffi::SQLITE_OK {
-            return rc;
-        }
-    }
-    let rc = real!(w, xShmLock, ffi::SQLITE_IOERR_SHMLOCK, file, first, count, flags);
-    if slots.begin_anew() && (rc != ffi::SQLITE_OK || !locking) {
-        let_checkpoints_in(file, w);
-    }
-    let Kind::Main(main) = &mut w.kind else { return rc };
-    if rc != ffi::SQLITE_OK || !guest {
-        if rc == ffi::SQLITE_BUSY && slots.is_write() && main.reads() {
-            main.second_chance = true;
-        }
-        if guest && locking {
-            held.give_back(main);
-        }
-        return rc;
-    }
-    let mask = slots.mask().unwrap_or(0);
-    if locking {
-        note_held(main, slots, shared);
-        if shared && slots.is_one_read() {
-            main.retry_expected = main.turn && before != main.snapshot_basis(first as u8);
-        } else if slots.is_write() && main.reads() {
-            turn_is_used(main);
-        }
-        return rc;
-    }
-    let was_write = !shared && slots.is_write();
-    let kept = std::mem::take(&mut main.retry_expected) && shared;
-    match shared {
-        true => main.shared_slots &= !mask,
-        false => main.exclusive_slots &= !mask,
-    }
-    let transaction_ends = shared && !main.reads() && !main.owns(slot::WRITE) && !kept;
-    if transaction_ends || (was_write && (main.reads() || main.owns(slot::CHECKPOINT))) {
-        end_turn(main);
-    }
-    rc
-}
-
-/// A writer is about to begin the WAL anew (walRestartLog), and no checkpoint.
-fn begins_anew(main: &MainFile, slots: Slots, shared: bool) -> bool {
-    slots.begin_anew()
-        && !shared
-        && !main.owns(slot::CHECKPOINT)
-        && !planted("new-beginning-beside-checkpoint")
-}
-
-/// Guest mode: the WAL is not begun anew beside a checkpoint, whoever's that is, nor does one begin meanwhile (as
-/// `Seat::checkpoint_meets_new_beginning` has it). Only the kernel knows who has CHECKPOINT here, so the lock itself is
-/// taken. A plain client that begins the WAL anew takes no heed of a guest's checkpoint.
-fn keep_checkpoints_out(file: File, w: &mut Wrapped) -> c_int {
-    let flags = ffi::SQLITE_SHM_LOCK | ffi::SQLITE_SHM_EXCLUSIVE;
-    let rc = real!(w, xShmLock, ffi::SQLITE_IOERR_SHMLOCK, file, c_int::from(slot::CHECKPOINT), 1, flags);
-    if let Kind::Main(main) = &mut w.kind {
-        main.keeps_checkpoints_out = rc == ffi::SQLITE_OK;
-    }
-    rc
-}
-
-fn let_checkpoints_in(file: File, w: &mut Wrapped) {
-    let Kind::Main(main) = &mut w.kind else { return };
-    if std::mem::take(&mut main.keeps_checkpoints_out) {
-        let flags = ffi::SQLITE_SHM_UNLOCK | ffi::SQLITE_SHM_EXCLUSIVE;
-        real!(w, xShmLock, ffi::SQLITE_OK, file, c_int::from(slot::CHECKPOINT), 1, flags);
-    }
 }
 
 pub fn barrier(file: File, w: &Wrapped) {

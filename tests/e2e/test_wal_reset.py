@@ -244,3 +244,51 @@ def test_an_old_sqlite_writes_beside_a_new_ones_checkpoint():
 def test_guests_do_not_meet_it():
     """With SQLite's own locks, and a plain client beside them."""
     races(two(shared), mode="guest", env={"TURNSTILE_MODE": "guest"})
+
+
+# --- a checkpoint that is refused ---------------------------------------------------------------------------------
+
+def turn_of(broker, path):
+    return (broker.database(path) or {}).get("turn")
+
+
+def refused_beside_a_held_checkpoint(program, run_by):
+    """Another checkpoint asks for its turn, has it, and finds CHECKPOINT taken."""
+    with Broker("--no-checkpointer") as broker:
+        path = broker.path("app.db")
+        make(path)
+        with racers(path, [run_by(program(broker.dir), path)] * 3, broker.env) as (writer, checkpointer):
+            checkpointer("second SELECT count(*) FROM rows")
+            writer("UPDATE rows SET seq = 1")
+            # As above, so that the one that is held has no turn.
+            writer("BEGIN IMMEDIATE")
+            assert checkpointer("hold PRAGMA wal_checkpoint(PASSIVE)") == "held"
+            writer("COMMIT")
+            assert turn_of(broker, path) is None
+            assert writer("PRAGMA wal_checkpoint(PASSIVE)").startswith("1|"), "it was not refused"
+            assert turn_of(broker, path) is None, f"it keeps the turn: {turn_of(broker, path)}"
+            checkpointer("go")
+
+
+@fails_without("busy-keeps-turn", message="it keeps the turn")
+def test_a_checkpoint_that_is_refused_keeps_no_turn():
+    refused_beside_a_held_checkpoint(shared, extended)
+
+
+@fails_without("busy-keeps-turn", message="it keeps the turn")
+def test_a_refused_checkpoint_of_sqlite_that_is_linked_in_keeps_no_turn():
+    refused_beside_a_held_checkpoint(hidden, wrapped)
+
+
+@fails_without("busy-keeps-turn", message="it keeps the turn")
+def test_a_guests_checkpoint_that_is_refused_keeps_no_turn():
+    with Broker() as broker:
+        path = create(broker.path("app.db"))
+        with harness.PlainShell(path) as shell:
+            shell.run("BEGIN IMMEDIATE; INSERT INTO rows VALUES('plain', 0)")
+            guest = harness.connect(path, broker=broker, mode="guest")
+            assert guest.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()[0] == 1, "it was not refused"
+            assert turn_of(broker, path) is None, f"it keeps the turn: {turn_of(broker, path)}"
+            shell.run("COMMIT")
+            guest.execute("INSERT INTO rows VALUES('guest', 0)")
+            guest.close()
