@@ -66,12 +66,16 @@ fn request() -> impl Strategy<Value = Ask> {
             let slots = Slots::new(first, count.min(8 - first)).unwrap();
             Ask { request: Request::ShmExclusive { slots, blocking }, ahead: ahead && slots.is_checkpoint() }
         });
+    let begin_anew = Just(Ask {
+        request: Request::ShmExclusive { slots: Slots::new(slot::READ0 + 1, 4).unwrap(), blocking: false },
+        ahead: false,
+    });
     let write = any::<bool>().prop_map(|blocking| Ask {
         request: Request::ShmExclusive { slots: lanes::slots(slot::WRITE), blocking },
         ahead: false,
     });
     let turn = Just(Ask { request: Request::Turn, ahead: true });
-    prop_oneof![4 => file, 4 => shared, 3 => exclusive, 2 => write, 1 => turn]
+    prop_oneof![4 => file, 4 => shared, 3 => exclusive, 1 => begin_anew, 2 => write, 1 => turn]
 }
 
 fn release() -> impl Strategy<Value = Release> {
@@ -81,7 +85,7 @@ fn release() -> impl Strategy<Value = Release> {
         4 => (level, keep_turn()).prop_map(|(level, keep_turn)| Release::File { level, keep_turn }),
         4 => (0u8..8, keep_turn())
             .prop_map(|(one, keep_turn)| Release::ShmShared { slots: lanes::slots(one), keep_turn }),
-        4 => (0u8..8, 1u8..4, keep_turn()).prop_map(|(first, count, keep_turn)| {
+        4 => (0u8..8, 1u8..5, keep_turn()).prop_map(|(first, count, keep_turn)| {
             Release::ShmExclusive { slots: Slots::new(first, count.min(8 - first)).unwrap(), keep_turn }
         }),
         1 => Just(Release::Turn),

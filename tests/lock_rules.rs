@@ -9,7 +9,7 @@ use turnstile::lock::queue::blockers;
 use turnstile::lock::unused::{GUESSED_TURN, IDLE_TURN, UNUSED_TURN, Unused, unused, uses};
 use turnstile::lock::{FileLevel, Request, SeatId, Slots, Verdict, slot};
 use turnstile::segment::atomic::SeqCst;
-use turnstile::segment::layout::{FOR_GUESS, FOR_TRANSACTION};
+use turnstile::segment::layout::{CHECKPOINTER, FOR_GUESS, FOR_TRANSACTION};
 
 /// The holder's turn, as the broker judges it.
 fn unused_turn(b: &Bench) -> Option<Unused> {
@@ -68,15 +68,79 @@ fn a_wal_restart_keeps_the_turn() {
 
 #[test]
 fn a_turn_does_not_leak_from_a_contended_read() {
-    rule("idle-turn-kept", |b| {
+    rule("busy-keeps-turn", |b| {
         b.wal(&[1, 2, 3]);
         // Somebody updates the read mark: the read slot is refused, with the turn already taken.
         let mark = slots(slot::READ0 + 1);
         assert!(granted(b.exclusive(3, mark)));
         assert_eq!(b.read(1, true), Some(Verdict::Busy));
         b.unexclusive(3, mark);
-        assert_eq!(b.read(2, true), None);
         // Seat 1 never comes back.
+        assert!(granted(b.read(2, true)));
+        assert!(granted(b.write(2)));
+    });
+}
+
+#[test]
+fn a_checkpoint_that_is_refused_leaves_the_turn_to_writers() {
+    rule("busy-keeps-turn", |b| {
+        b.wal(&[1, 2, 3]);
+        let checkpoint = slots(slot::CHECKPOINT);
+        assert!(granted(b.exclusive(3, checkpoint)));
+        let request = Request::ShmExclusive { slots: checkpoint, blocking: false };
+        assert_eq!(b.ask(1, request, true), Some(Verdict::Busy));
+        assert_eq!(b.holder(), None);
+        // Nor has it one from a wait for the lock that was in vain: behind a recovery, which has WRITE and no turn.
+        b.unexclusive(3, checkpoint);
+        assert!(granted(b.write(3)));
+        assert!(granted(b.exclusive(1, checkpoint)));
+        assert_eq!(b.write(1), None);
+        assert_eq!(b.holder(), Some(1));
+        assert_eq!(b.give_up(1), Some(Verdict::Busy));
+        assert_eq!(b.holder(), None);
+        b.unwrite(3);
+        assert!(granted(b.read(2, true)));
+        assert!(granted(b.write(2)));
+    });
+}
+
+#[test]
+fn a_reader_that_waited_for_the_file_in_vain_leaves_the_turn_to_others() {
+    rule("busy-keeps-turn", |b| {
+        b.shared(3);
+        // A hot journal is rolled back, without a turn.
+        assert!(granted(b.hot_exclusive(3)));
+        assert_eq!(b.shared_ahead(1), None);
+        assert_eq!(b.holder(), Some(1));
+        assert_eq!(b.give_up(1), Some(Verdict::Busy));
+        b.unlock(3, FileLevel::None);
+        assert!(granted(b.shared_ahead(2)));
+        assert!(granted(b.file(2, FileLevel::Reserved)));
+    });
+}
+
+#[test]
+fn an_upgrade_that_waited_in_vain_leaves_the_turn_to_others() {
+    rule("busy-keeps-turn", |b| {
+        b.wal(&[1, 2]);
+        assert!(granted(b.read(1, false)));
+        // The broker's checkpointer has WRITE without the turn.
+        b.with(CHECKPOINTER, |seat| assert!(seat.table.try_slots_exclusive(seat.id, 1 << slot::WRITE)));
+        assert_eq!(b.write(1), None);
+        assert_eq!(b.give_up(1), Some(Verdict::Busy));
+        assert_eq!(b.holder(), None);
+        b.unwrite(CHECKPOINTER);
+        assert!(granted(b.read(2, true)));
+    });
+}
+
+#[test]
+fn a_turn_of_a_seat_that_never_comes_back_is_taken_back() {
+    rule("idle-turn-kept", |b| {
+        b.wal(&[1, 2]);
+        assert!(granted(b.read(1, true)));
+        b.unread(1, true); // it will ask again
+        assert_eq!(b.read(2, true), None);
         let seen = unused_turn(&b).expect("not in use");
         assert_eq!((seen.seat, seen.idle, seen.patience()), (1, true, IDLE_TURN));
         assert_eq!(unused_turn(&b), Some(seen), "it looks the same until it asks for something");

@@ -6,7 +6,7 @@
 mod model;
 
 use model::{Actor, READ, Scenario, WRITE, check, file, is_granted, one, unlock, unshare, unwrite};
-use turnstile::lock::{Ask, FileLevel, Request, Verdict, slot};
+use turnstile::lock::{Ask, FileLevel, Release, Request, Slots, Verdict, slot};
 
 fn read(a: &Actor) {
     a.get(file(FileLevel::Shared), false);
@@ -141,5 +141,27 @@ fn one_dies_in_a_hurry() {
             .seat(2, Actor::take_and_end)
             .seat(3, Actor::take_and_end)
             .preemptions(2)
+    });
+}
+
+/// One dies over its checkpoint, or beginning the WAL anew; the other gets what it waits for, and never beside it.
+#[test]
+fn one_dies_over_a_checkpoint_or_a_wal_begun_anew() {
+    let exclusively = |a: &Actor, slots: Slots| {
+        let request = Request::ShmExclusive { slots, blocking: false };
+        if is_granted(a.wait(Ask { request, ahead: false }, true)) {
+            a.world.enter(a.id);
+            a.world.leave(a.id);
+            a.seat().release(Release::ShmExclusive { slots, keep_turn: false });
+        }
+    };
+    let checkpoint = move |a: &Actor| exclusively(a, one(slot::CHECKPOINT));
+    let begin_anew = move |a: &Actor| {
+        a.get(WRITE(), false);
+        exclusively(a, Slots::new(slot::READ0 + 1, 4).unwrap());
+        a.seat().release(unwrite());
+    };
+    check(&[], || {
+        Scenario::new().mortal(1, checkpoint).mortal(2, begin_anew).seat(3, checkpoint).preemptions(2)
     });
 }

@@ -4,8 +4,8 @@
 
 mod model;
 
-use model::{Actor, READ, Scenario, World, check};
-use turnstile::lock::slot;
+use model::{Actor, READ, Scenario, WRITE, World, check, is_granted, one, unwrite};
+use turnstile::lock::{Ask, Release, Request, Slots, slot};
 use turnstile::segment::atomic::Relaxed;
 
 const OTHER: u8 = READ + 1;
@@ -123,4 +123,70 @@ fn one_opens_the_wal_index_alone() {
         }
     };
     check(&[], || Scenario::new().seat(1, open).seat(2, open).seat(3, open).preemptions(4));
+}
+
+fn anew() -> Slots {
+    Slots::new(slot::READ0 + 1, 4).unwrap()
+}
+
+/// `inside` stands for the index's header: a checkpoint goes by it to the end, and who begins the WAL anew changes it.
+fn checkpoint(a: &Actor) {
+    let request = Request::ShmExclusive { slots: one(slot::CHECKPOINT), blocking: false };
+    if is_granted(a.wait(Ask { request, ahead: false }, true)) {
+        a.world.enter(a.id);
+        a.world.leave(a.id);
+        a.seat().release(Release::ShmExclusive { slots: one(slot::CHECKPOINT), keep_turn: false });
+    }
+}
+
+/// walRestartLog, under WRITE.
+fn begin_anew(a: &Actor) {
+    a.get(WRITE(), false);
+    let request = Request::ShmExclusive { slots: anew(), blocking: false };
+    if is_granted(a.wait(Ask { request, ahead: false }, true)) {
+        a.world.enter(a.id);
+        a.world.leave(a.id);
+        a.seat().release(Release::ShmExclusive { slots: anew(), keep_turn: false });
+    }
+    a.seat().release(unwrite());
+}
+
+const NEW_BEGINNING: [&str; 2] = ["new-beginning-beside-checkpoint", "checkpoint-beside-new-beginning"];
+
+#[test]
+fn no_wal_is_begun_anew_beside_a_checkpoint() {
+    check(&NEW_BEGINNING, || Scenario::new().seat(1, checkpoint).seat(2, begin_anew));
+}
+
+#[test]
+fn no_wal_is_begun_anew_beside_checkpoints_that_come_again() {
+    check(&NEW_BEGINNING, || {
+        Scenario::new()
+            .seat(1, |a| (0..2).for_each(|_| checkpoint(a)))
+            .seat(2, |a| (0..2).for_each(|_| begin_anew(a)))
+            .seat(3, checkpoint)
+            .preemptions(2)
+    });
+}
+
+/// One that begins the WAL anew itself is not in its own way, and a reader's mark in nobody's.
+#[test]
+fn a_truncating_checkpoint_beside_a_writer_and_a_reader() {
+    let truncate = |a: &Actor| {
+        let request = Request::ShmExclusive { slots: one(slot::CHECKPOINT), blocking: false };
+        assert!(is_granted(a.wait(Ask { request, ahead: false }, true)));
+        a.world.enter(a.id);
+        let request = Request::ShmExclusive { slots: anew(), blocking: false };
+        if is_granted(a.wait(Ask { request, ahead: false }, true)) {
+            a.seat().release(Release::ShmExclusive { slots: anew(), keep_turn: false });
+        }
+        a.world.leave(a.id);
+        a.seat().release(Release::ShmExclusive { slots: one(slot::CHECKPOINT), keep_turn: false });
+    };
+    let mark = |a: &Actor| {
+        if a.table().try_slots_exclusive(a.id, 1 << READ) {
+            a.table().release_slots_exclusive(a.id, 1 << READ);
+        }
+    };
+    check(&[], || Scenario::new().seat(1, truncate).seat(2, begin_anew).seat(3, mark).preemptions(3));
 }

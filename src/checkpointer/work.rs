@@ -12,7 +12,6 @@ use turnstile::client::lane;
 use turnstile::client::shared::Futexes;
 use turnstile::lock::commits::Commits;
 use turnstile::lock::park::Parking;
-use turnstile::lock::rules::Attempt;
 use turnstile::lock::seat::{Own, Seat};
 use turnstile::lock::table::Table;
 use turnstile::lock::{Ask, FileLevel, Release, Request, SeatId, Slots, Verdict, slot};
@@ -208,9 +207,9 @@ impl Work {
         }
         let shared =
             Ask { request: Request::File { level: FileLevel::Shared, hot_journal: false }, ahead: false };
-        let granted = self.with(|seat| match seat.attempt(shared) {
-            Attempt::Done(Verdict::Granted { probation, .. }) => !probation,
-            _ => false,
+        let granted = self.with(|seat| match seat.attempt_once(shared) {
+            Verdict::Granted { probation, .. } => !probation,
+            Verdict::Busy => false,
         });
         let mut alone = false;
         let opened = granted
@@ -256,11 +255,10 @@ impl Work {
         if self.control.poisoned() {
             return false;
         }
-        let granted = |attempt| matches!(attempt, Attempt::Done(Verdict::Granted { .. }));
+        let granted = |verdict| matches!(verdict, Verdict::Granted { .. });
         if shared {
-            return self.with(|seat| {
-                granted(seat.attempt(Ask { request: Request::ShmShared(slots), ahead: false }))
-            });
+            let ask = Ask { request: Request::ShmShared(slots), ahead: false };
+            return self.with(|seat| granted(seat.attempt_once(ask)));
         }
         let request = Request::ShmExclusive { slots, blocking: false };
         let ask = Ask { request, ahead: false };
@@ -271,7 +269,7 @@ impl Work {
             // To write the index, outside a checkpoint, is to recover it: the members' business.
             let checkpoints = seat.table.slot_owner(slot::CHECKPOINT) == Some(CHECKPOINTER);
             let recovers = slots.mask().is_some_and(|m| m & 0b111 != 0) && !checkpoints;
-            !recovers && granted(seat.attempt(ask))
+            !recovers && granted(seat.attempt_once(ask))
         })
     }
 

@@ -149,6 +149,11 @@ impl Member {
         }
     }
 
+    /// What [`Member::try_lock`] said must wait is not waited for. (On the socket lane the broker answers each request.)
+    pub fn refuse(&self) {
+        self.with_seat(|_, seat| seat.request_refused());
+    }
+
     /// Asks for a lock and waits as long as the rules say and `give_up` allows. When it gives up, the request
     /// is answered as it stands: a wait ahead then has its lock without the turn.
     pub fn lock(

@@ -66,6 +66,9 @@ pub mod slot {
     pub const COUNT: u8 = 8;
     /// The five read slots as a mask.
     pub const READ_MASK: u8 = 0b1111_1000;
+    /// The read slots of those who read the WAL, `WAL_READ_LOCK(1..5)`. Who has all of them exclusively begins the WAL
+    /// anew (wal.c: `walRestartLog`, and a RESTART or TRUNCATE checkpoint).
+    pub const WAL_READERS: u8 = 0b1111_0000;
 }
 
 /// Consecutive wal-index slots, as `xShmLock` names them.
@@ -100,6 +103,11 @@ impl Slots {
     /// Exactly the checkpoint lock.
     pub fn is_checkpoint(self) -> bool {
         self.first == slot::CHECKPOINT && self.count == 1
+    }
+
+    /// With these exclusively the WAL is begun anew.
+    pub fn begin_anew(self) -> bool {
+        self.mask().is_some_and(|m| m & slot::WAL_READERS == slot::WAL_READERS)
     }
 
     /// Exactly the recovery lock.

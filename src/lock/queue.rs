@@ -67,6 +67,7 @@ impl<'a> Lane<'a> {
     pub fn submit(&mut self, id: SeatId, ask: Ask, (connection, thread): (u64, u32)) -> Option<Verdict> {
         if self.is_waiting(id) {
             self.forget_request(id);
+            self.with(id, |seat| seat.request_refused());
         }
         let brokered = self.queue.seats.entry(id).or_default();
         brokered.thread = thread;
@@ -232,6 +233,10 @@ pub fn blockers(turn: Turn<'_>, id: SeatId) -> Vec<SeatId> {
         WaitsFor::Exclusive => blockers.extend(table.other_readers(id)),
         WaitsFor::Write => blockers.extend(table.slot_owner(super::slot::WRITE)),
         WaitsFor::Recovery => blockers.extend(table.slot_owner(super::slot::RECOVER)),
+        WaitsFor::Checkpoint => {
+            blockers.extend(table.slot_owner(super::slot::CHECKPOINT));
+            blockers.extend(table.begins_anew_elsewhere(id));
+        }
     }
     blockers.retain(|b| *b != id && table.members.has(*b));
     blockers.sort_unstable();

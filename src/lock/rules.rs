@@ -24,8 +24,44 @@ const BUSY: Attempt = Attempt::Done(Verdict::Busy);
 const WAIT: Attempt = Attempt::Wait { for_turn: false };
 
 impl Seat<'_> {
+    /// One attempt at a request. After BUSY the seat holds what it held before the request, whatever was tried first.
     pub fn attempt(&self, ask: Ask) -> Attempt {
         self.count_call();
+        let attempt = self.try_request(ask);
+        match attempt {
+            Attempt::Done(Verdict::Granted { .. }) => self.request_granted(),
+            BUSY => self.request_refused(),
+            Attempt::Wait { .. } => {}
+        }
+        attempt
+    }
+
+    /// For who does not wait: what would have to is refused.
+    pub fn attempt_once(&self, ask: Ask) -> Verdict {
+        match self.attempt(ask) {
+            Attempt::Done(verdict) => verdict,
+            Attempt::Wait { .. } => {
+                self.request_refused();
+                Verdict::Busy
+            }
+        }
+    }
+
+    /// A request has been granted: what was taken for it stays.
+    fn request_granted(&self) {
+        self.own.for_request.set(false);
+    }
+
+    /// A request has ended BUSY: the turn goes back, if it was taken for that request. SQLite makes no call that would
+    /// end it: it holds no lock of which it knows. (What is tried below leaves no lock behind.)
+    pub fn request_refused(&self) {
+        if self.own.for_request.replace(false) && !planted("busy-keeps-turn") {
+            self.own.comes_with.set(0);
+            self.end_turn();
+        }
+    }
+
+    fn try_request(&self, ask: Ask) -> Attempt {
         if self.wants_turn(ask) {
             let comes_with = match ask.request {
                 Request::ShmExclusive { slots, .. } => slots.mask().unwrap_or(0),
@@ -123,19 +159,15 @@ impl Seat<'_> {
         if !t.file_shared(self.id) || self.foreign(t.reserved()) || self.file_is_closed() {
             return BUSY;
         }
-        let had_turn = self.has_turn();
         if !self.take_turn(0) {
             return BUSY;
         }
         let reserved = &t.words.file.0.reserved;
-        let mine =
-            t.reserved() == Some(self.id) || reserved.compare_exchange(0, self.id, SeqCst, SeqCst).is_ok();
+        let had = t.reserved() == Some(self.id);
+        let mine = had || reserved.compare_exchange(0, self.id, SeqCst, SeqCst).is_ok();
         if !mine || self.file_is_closed() || !self.turn().confirm(self.id) {
-            if mine {
+            if mine && !had {
                 let _ = reserved.compare_exchange(self.id, 0, SeqCst, SeqCst);
-            }
-            if !had_turn {
-                self.end_turn();
             }
             return BUSY;
         }
@@ -199,7 +231,22 @@ impl Seat<'_> {
     fn shm_exclusive(&self, slots: Slots, blocking: bool) -> Attempt {
         let Some(mask) = slots.mask() else { return BUSY };
         if !slots.is_write() {
+            // A reader's mark, a single slot, is each transaction's; these two are not.
+            let may_meet = mask & 1 << slot::CHECKPOINT != 0 || slots.begin_anew();
+            let meets = || if may_meet { self.checkpoint_meets_new_beginning(slots) } else { None };
+            if let Some(not_now) = meets() {
+                return not_now;
+            }
+            let had = if may_meet { self.table.owned_slots(self.id) } else { 0 };
             if self.table.try_slots_exclusive(self.id, mask) {
+                if let Some(not_now) = meets() {
+                    self.table.release_slots_exclusive(self.id, mask & !had);
+                    self.wake_sleepers(); // who saw these slots taken, and waits for them
+                    return not_now;
+                }
+                if mask & 1 << slot::CHECKPOINT != 0 && self.table.begins_anew(self.id) {
+                    self.wake_sleepers(); // another's checkpoint waits for the end of that, and is BUSY now
+                }
                 return self.granted(false);
             }
             // An application's own checkpoint would be BUSY at once, beside one that ends by itself.
@@ -222,17 +269,43 @@ impl Seat<'_> {
                 Upgrade::Stale => return BUSY,
             }
         }
+        let had = self.table.slot_owner(slot::WRITE) == Some(self.id);
         if !self.table.try_slots_exclusive(self.id, mask) {
             // With the turn, and in recovery, only a recovery or a checkpoint stands in the way: wait.
             return WAIT;
         }
         if in_turn && !self.turn().confirm(self.id) {
             // Taken back between the two: whoever has it now would meet this writer.
-            self.table.release_slots_exclusive(self.id, mask);
-            self.wake_sleepers();
+            if !had {
+                self.table.release_slots_exclusive(self.id, mask);
+                self.wake_sleepers();
+            }
             return BUSY;
         }
         self.granted(false)
+    }
+
+    /// No WAL is begun anew beside another seat's checkpoint: what the request comes to if it would be.
+    ///
+    /// SQLite before 3.51.3 (but 3.50.7 and 3.44.6) reads the index's header under CHECKPOINT, and takes the WAL for what
+    /// that says to the end (sqlite3WalCheckpoint). If a writer begins the WAL anew in between, the checkpoint copies
+    /// what is left of the old WAL and counts as many frames of the new one as copied, which then are overwritten: the
+    /// database is malformed. Later versions look at the salts once more.
+    ///
+    /// A writer that is told BUSY appends (walRestartLog). A checkpoint waits: to begin anew takes microseconds. Each
+    /// takes its slots first and looks for the other's then, so of two at once at least one steps back. The same look
+    /// is taken before that, so that mostly nothing has to be given back.
+    fn checkpoint_meets_new_beginning(&self, slots: Slots) -> Option<Attempt> {
+        let mask = slots.mask()?;
+        let checkpoint = self.foreign(self.table.slot_owner(slot::CHECKPOINT));
+        if mask & 1 << slot::CHECKPOINT != 0 {
+            // Beside another's checkpoint it is not this that is in the way.
+            let meets = !checkpoint && self.table.begins_anew_elsewhere(self.id).is_some();
+            let answer = if slots.is_checkpoint() { WAIT } else { BUSY };
+            return (meets && !planted("checkpoint-beside-new-beginning")).then_some(answer);
+        }
+        let meets = slots.begin_anew() && checkpoint;
+        (meets && !planted("new-beginning-beside-checkpoint")).then_some(BUSY)
     }
 
     /// A reader asks for WRITE: whoever has the turn will make its snapshot stale, so waiting cannot help. But the

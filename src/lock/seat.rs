@@ -21,7 +21,9 @@ pub const LEAST_STREAK_MICROS: u64 = 300;
 #[derive(Debug, Default)]
 pub struct Own {
     /// The turn came with these wal-index slots, outside any read transaction (a checkpoint): it ends with them.
-    comes_with: Cell<u8>,
+    pub(super) comes_with: Cell<u8>,
+    /// The turn was taken for the request that is being made. If that ends BUSY, the turn goes back.
+    pub(super) for_request: Cell<bool>,
     /// Its commits wait for a sync outside the turn: it takes no streak, and looks a while for the turn before it
     /// stands in the line.
     pub hurries: Cell<bool>,
@@ -57,12 +59,13 @@ pub enum WaitsFor {
     Exclusive,
     Write,
     Recovery,
+    Checkpoint,
 }
 
 impl WaitsFor {
     pub fn from_code(code: u32) -> Option<WaitsFor> {
-        use WaitsFor::{Exclusive, Recovery, Shared, Turn, Write};
-        [Turn, Shared, Exclusive, Write, Recovery].into_iter().find(|w| *w as u32 == code)
+        use WaitsFor::{Checkpoint, Exclusive, Recovery, Shared, Turn, Write};
+        [Turn, Shared, Exclusive, Write, Recovery, Checkpoint].into_iter().find(|w| *w as u32 == code)
     }
 
     /// `for_turn`: the turn comes first, and is missing.
@@ -73,6 +76,7 @@ impl WaitsFor {
             Request::File { level: FileLevel::Shared, .. } => WaitsFor::Shared,
             Request::File { .. } => WaitsFor::Exclusive,
             Request::ShmShared(_) => WaitsFor::Recovery,
+            Request::ShmExclusive { slots, .. } if slots.is_checkpoint() => WaitsFor::Checkpoint,
             Request::ShmExclusive { .. } => WaitsFor::Write,
         }
     }
@@ -85,6 +89,7 @@ impl WaitsFor {
             WaitsFor::Exclusive => "EXCLUSIVE",
             WaitsFor::Write => "the WAL write lock",
             WaitsFor::Recovery => "a wal-index slot",
+            WaitsFor::Checkpoint => "the checkpoint lock",
         }
     }
 }
@@ -129,6 +134,7 @@ impl<'a> Seat<'a> {
             }
             self.own.in_line.set(false);
             self.own.comes_with.set(comes_with);
+            self.own.for_request.set(true);
             if let Some(own) = self.table.seat(self.id) {
                 own.thread.store(self.thread, Relaxed);
                 own.turn_since.store(self.parking.coarse_millis(), Relaxed);
@@ -239,6 +245,7 @@ impl<'a> Seat<'a> {
                 if asked && self.table.reserved() != Some(self.id) && self.table.release_file_write(self.id) {
                     self.wake_sleepers();
                 }
+                self.request_refused();
                 Verdict::Busy
             }
         }
@@ -265,6 +272,7 @@ impl<'a> Seat<'a> {
             }
             Release::ShmExclusive { slots, keep_turn } => {
                 let Some(mask) = slots.mask() else { return };
+                let began_anew = mask & slot::WAL_READERS != 0 && self.table.begins_anew(self.id);
                 self.table.release_slots_exclusive(self.id, mask);
                 // WRITE outside a read transaction is recovery: the turn, if the seat has it, was taken for the
                 // transaction that follows. A checkpoint's came with its lock and goes with it.
@@ -274,7 +282,7 @@ impl<'a> Seat<'a> {
                     self.end_turn();
                 }
                 let checkpoint = mask & 1 << slot::CHECKPOINT != 0 && self.id == CHECKPOINTER;
-                if mask & (1 << slot::WRITE | 1 << slot::RECOVER) != 0 || checkpoint {
+                if mask & (1 << slot::WRITE | 1 << slot::RECOVER) != 0 || began_anew || checkpoint {
                     self.wake_sleepers();
                 }
             }

@@ -117,6 +117,17 @@ impl<'a> Table<'a> {
         bits(0xff).filter(|s| self.slot_owner(*s) == Some(seat)).fold(0, |m, s| m | 1 << s)
     }
 
+    /// The seat begins the WAL anew: it has all these slots.
+    pub fn begins_anew(&self, seat: SeatId) -> bool {
+        bits(slot::WAL_READERS).all(|s| self.slot_owner(s) == Some(seat))
+    }
+
+    /// Another seat begins the WAL anew.
+    pub fn begins_anew_elsewhere(&self, seat: SeatId) -> Option<SeatId> {
+        let first = self.slot_owner(slot::READ0 + 1).filter(|o| *o != seat)?;
+        self.begins_anew(first).then_some(first)
+    }
+
     /// All slots of `mask` shared, or none of them.
     pub fn try_slots_shared(&self, seat: SeatId, mask: u8) -> bool {
         let Some(own) = self.seat(seat) else { return false };

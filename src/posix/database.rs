@@ -52,6 +52,8 @@ pub struct Seat {
     /// The index as it was when a read slot was last had.
     pub snapshot: Cell<Option<Header>>,
     pub probation: Cell<bool>,
+    /// The thread that took CHECKPOINT last. A checkpoint is one call, so a thread tells its connection from the others.
+    pub checkpointer: Cell<i32>,
     /// When WRITE was taken, and how long it is held of late, microseconds.
     pub wrote: Cell<(Option<Instant>, u64)>,
 }
@@ -70,6 +72,7 @@ impl Database {
             lease: Cell::new(None),
             snapshot: Cell::new(None),
             probation: Cell::new(false),
+            checkpointer: Cell::new(0),
             wrote: Cell::default(),
         });
         let exclusive = Mutex::new(());
@@ -130,7 +133,10 @@ impl Seat {
             Ok(Some(Verdict::Busy)) => Err(Errno::EAGAIN),
             Ok(Some(granted)) => Ok(granted),
             // It would have to wait, or the segment is not to be used any more: the next one says so.
-            Ok(None) => Err(Errno::EAGAIN),
+            Ok(None) => {
+                self.member.refuse();
+                Err(Errno::EAGAIN)
+            }
             Err(Lost) => Err(Errno::EIO),
         }
     }

@@ -8,6 +8,7 @@ use super::database::{Database, Seat};
 use super::table::{self, Kind};
 use super::turn::{self, Missing};
 use super::{locks, wal};
+use crate::client::lane::thread_id;
 use crate::client::served::object_of;
 use crate::lock::{Ask, FileLevel, Release, Request, Slots, Verdict, slot};
 use crate::planted::planted;
@@ -189,6 +190,7 @@ fn take(seat: &Seat, database: &Database, slots: Slots) -> Result<(), Errno> {
     match () {
         () if slots.is_write() => take_write(seat, database, slots)?,
         () if slots.is_checkpoint() => take_checkpoint(seat, database, slots)?,
+        () if beside_own_checkpoint(seat, slots) => return Err(Errno::EAGAIN),
         () => {
             let request = Request::ShmExclusive { slots, blocking: false };
             seat.ask(Ask { request, ahead: false }, database.key())?;
@@ -227,8 +229,22 @@ fn take_write(seat: &Seat, database: &Database, slots: Slots) -> Result<(), Errn
     Ok(())
 }
 
+/// One connection of this process would begin the WAL anew while another one's checkpoint is under way. The rules keep
+/// seats from that, and these two have one seat.
+fn beside_own_checkpoint(seat: &Seat, slots: Slots) -> bool {
+    slots.begin_anew()
+        && seat.owns(slot::CHECKPOINT)
+        && seat.checkpointer.get() != thread_id()
+        && !planted("new-beginning-beside-checkpoint")
+}
+
 /// In a turn of its own if that is to be had soon, as the VFS does it, and for the same reason.
 fn take_checkpoint(seat: &Seat, database: &Database, slots: Slots) -> Result<(), Errno> {
+    if seat.exclusive.get() & slot::WAL_READERS == slot::WAL_READERS
+        && !planted("checkpoint-beside-new-beginning")
+    {
+        return Err(Errno::EAGAIN); // another connection of this process begins the WAL anew
+    }
     let request = Request::ShmExclusive { slots, blocking: false };
     let ahead = seat.shared.get() == 0 && seat.exclusive.get() == 0;
     if !seat.member.is_whole() {
@@ -238,7 +254,10 @@ fn take_checkpoint(seat: &Seat, database: &Database, slots: Slots) -> Result<(),
     let enough = || begun.elapsed() >= CHECKPOINT_PATIENCE;
     let outcome = seat.member.lock(Ask { request, ahead }, database.key(), enough).map_err(|_| Errno::EIO)?;
     match outcome.verdict {
-        Verdict::Granted { .. } => Ok(()),
+        Verdict::Granted { .. } => {
+            seat.checkpointer.set(thread_id());
+            Ok(())
+        }
         Verdict::Busy => Err(Errno::EAGAIN),
     }
 }

@@ -1,5 +1,6 @@
 //! `xLock`, `xUnlock`, `xCheckReservedLock`: the file locks, gated and in guest mode.
 
+use super::guest::{Before, end_turn, take_turn, turn_is_used};
 use super::last_close::RealFile;
 use super::main_file::MainFile;
 use super::methods::real;
@@ -29,6 +30,7 @@ pub fn lock(file: File, w: &mut Wrapped, level: FileLevel) -> c_int {
         return gated(main, level);
     }
     let guest = main.guest().is_some() && level > main.level;
+    let before = Before::of(main);
     if guest && level == FileLevel::Shared && take_turn(main).is_err() {
         main.log_lost();
         return ffi::SQLITE_IOERR_LOCK;
@@ -56,38 +58,9 @@ pub fn lock(file: File, w: &mut Wrapped, level: FileLevel) -> c_int {
         _ => {}
     }
     if rc != ffi::SQLITE_OK && guest && level == FileLevel::Shared {
-        end_turn(main);
+        before.give_back(main);
     }
     rc
-}
-
-/// Guest mode: takes the turn before the snapshot, if what begins will write.
-pub fn take_turn(main: &mut MainFile) -> Result<(), Lost> {
-    if main.takes_turn_ahead() && !main.turn {
-        let outcome = main.ask(Ask { request: Request::Turn, ahead: true }, || false)?;
-        main.turn = matches!(outcome.verdict, Verdict::Granted { turn: true, .. });
-        main.second_chance = false;
-    }
-    Ok(())
-}
-
-/// Guest mode: the write lock followed the turn.
-pub fn turn_is_used(main: &mut MainFile) {
-    if main.turn
-        && let Some(member) = main.seat()
-    {
-        let _ = member.turn_is_used();
-    }
-    main.progress();
-}
-
-/// Guest mode: the transaction is over.
-pub fn end_turn(main: &mut MainFile) {
-    if std::mem::take(&mut main.turn)
-        && let Some(member) = main.seat()
-    {
-        let _ = member.release(Release::Turn);
-    }
 }
 
 fn gated(main: &mut MainFile, level: FileLevel) -> c_int {
@@ -113,9 +86,9 @@ fn try_gated(main: &mut MainFile, level: FileLevel) -> Result<c_int, Lost> {
     }
     let request = Request::File { level, hot_journal: main.hot_journal };
     let verdict = main.ask(Ask { request, ahead }, || false)?.verdict;
-    main.second_chance &= !ahead;
     match verdict {
         Verdict::Granted { turn, probation } => {
+            main.second_chance &= !ahead;
             main.turn = turn;
             match ahead && turn {
                 true => main.note_ahead(),

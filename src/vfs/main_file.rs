@@ -11,7 +11,7 @@ use crate::client::config::Config;
 use crate::client::fork;
 use crate::client::member::Member;
 use crate::lock::commits::Awaited;
-use crate::lock::{FileLevel, slot};
+use crate::lock::{FileLevel, Slots, slot};
 use crate::planted::planted;
 use crate::segment::layout::REGION_SIZE;
 use crate::segment::wal_index::{Header, WalIndex};
@@ -69,6 +69,8 @@ pub struct MainFile {
     pub write_basis: Option<Header>,
     /// A write lock was refused: whatever the next transaction does, it takes its turn first.
     pub second_chance: bool,
+    /// Guest mode: CHECKPOINT is held as well, while the WAL is begun anew.
+    pub keeps_checkpoints_out: bool,
     /// Admitted on probation: say when there is no hot journal.
     pub probation: bool,
     /// A `-journal` was read under this SHARED lock.
@@ -140,6 +142,7 @@ impl MainFile {
             begun: Begun::default(),
             write_basis: None,
             second_chance: false,
+            keeps_checkpoints_out: false,
             probation: false,
             hot_journal: false,
             told_timeout: false,
@@ -210,6 +213,15 @@ impl MainFile {
     /// No wal-index slot is held.
     pub fn reads_nothing(&self) -> bool {
         self.shared_slots == 0 && self.exclusive_slots == 0
+    }
+
+    /// These slots have been had.
+    pub fn note_held(&mut self, slots: Slots, shared: bool) {
+        let mask = slots.mask().unwrap_or(0);
+        match shared {
+            true => self.shared_slots |= mask,
+            false => self.exclusive_slots |= mask,
+        }
     }
 
     pub fn owns(&self, slot: u8) -> bool {

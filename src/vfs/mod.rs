@@ -15,6 +15,7 @@ pub mod build;
 mod control;
 mod durable;
 pub mod entry;
+mod guest;
 mod join;
 mod last_close;
 mod locks;

@@ -1,11 +1,12 @@
 //! `xShmMap`, `xShmLock`, `xShmBarrier`, `xShmUnmap`: the wal-index and its eight lock slots.
 
-use super::locks::{end_turn, take_turn, turn_is_used};
+use super::guest;
 use super::main_file::MainFile;
 use super::methods::real;
 use super::wrapped::{Kind, Wrapped};
 use crate::client::Lost;
 use crate::lock::{Ask, FileLevel, Release, Request, Slots, Verdict, slot};
+use crate::planted::planted;
 use crate::segment::layout::REGION_SIZE;
 use crate::segment::wal_index::WalIndex;
 use crate::wire::message::Role;
@@ -121,7 +122,7 @@ pub fn lock(file: File, w: &mut Wrapped, first: c_int, count: c_int, flags: c_in
     let result = match main.gated().is_some() {
         true if locking => acquire(main, slots, shared),
         true => release(main, slots, shared),
-        false => return guest_lock(file, w, slots, flags),
+        false => return guest::lock(file, w, slots, flags),
     };
     match result {
         Ok(rc) => rc,
@@ -151,7 +152,7 @@ fn plain_request(main: &mut MainFile, request: Request, slots: Slots) -> Result<
     if verdict == Verdict::Busy {
         return Ok(ffi::SQLITE_BUSY);
     }
-    note_held(main, slots, matches!(request, Request::ShmShared(_)));
+    main.note_held(slots, matches!(request, Request::ShmShared(_)));
     Ok(ffi::SQLITE_OK)
 }
 
@@ -160,7 +161,7 @@ fn plain_request(main: &mut MainFile, request: Request, slots: Slots) -> Result<
 fn acquire_checkpoint(main: &mut MainFile, slots: Slots) -> Result<c_int, Lost> {
     let blocking = main.asked_for_checkpoint();
     let request = Request::ShmExclusive { slots, blocking };
-    let ahead = main.reads_nothing() && !crate::planted::planted("checkpoint-beside-writers");
+    let ahead = main.reads_nothing() && !planted("checkpoint-beside-writers");
     let begun = Instant::now();
     let mut verdict = main.ask(Ask { request, ahead }, || begun.elapsed() >= CHECKPOINT_PATIENCE)?.verdict;
     if verdict == Verdict::Busy && blocking {
@@ -169,16 +170,8 @@ fn acquire_checkpoint(main: &mut MainFile, slots: Slots) -> Result<c_int, Lost> 
     }
     let Verdict::Granted { turn, .. } = verdict else { return Ok(ffi::SQLITE_BUSY) };
     main.turn = turn;
-    note_held(main, slots, false);
+    main.note_held(slots, false);
     Ok(ffi::SQLITE_OK)
-}
-
-fn note_held(main: &mut MainFile, slots: Slots, shared: bool) {
-    let mask = slots.mask().unwrap_or(0);
-    match shared {
-        true => main.shared_slots |= mask,
-        false => main.exclusive_slots |= mask,
-    }
 }
 
 /// A read transaction begins: the turn first if it will write, then the snapshot.
@@ -195,13 +188,13 @@ fn acquire_read(main: &mut MainFile, slots: Slots) -> Result<c_int, Lost> {
     let read_slot = slots.mask().unwrap_or(0).trailing_zeros() as u8;
     let before = if ahead { main.snapshot_basis(read_slot) } else { None };
     let outcome = main.ask(Ask { request: Request::ShmShared(slots), ahead }, || false)?;
-    main.second_chance &= !ahead;
     let Verdict::Granted { turn, .. } = outcome.verdict else { return Ok(ffi::SQLITE_BUSY) };
+    main.second_chance &= !ahead;
     main.turn = turn;
     if ahead && turn {
         main.note_ahead();
     }
-    note_held(main, slots, true);
+    main.note_held(slots, true);
     // What SQLite compares has changed while we waited: it will drop this lock and ask again. That unlock is
     // not the end of the transaction.
     main.retry_expected = ahead && turn && before != main.snapshot_basis(read_slot);
@@ -223,7 +216,7 @@ fn acquire_write(main: &mut MainFile, slots: Slots) -> Result<c_int, Lost> {
         // WRITE outside a read transaction: walIndexReadHdr found a header it could not read. Mostly it was
         // just being written, and valid again by now: BUSY makes wal.c look again. Else wait for whoever
         // recovers it, and look again after that.
-        Some(index) if !ordinary && !crate::planted::planted("torn-header-queues") => {
+        Some(index) if !ordinary && !planted("torn-header-queues") => {
             if index.valid_header().is_some() {
                 return Ok(ffi::SQLITE_BUSY);
             }
@@ -241,7 +234,7 @@ fn acquire_write(main: &mut MainFile, slots: Slots) -> Result<c_int, Lost> {
                 main.progress();
             }
             main.write_basis = main.wal_index.filter(|_| main.reruns()).map(|i| i.header());
-            note_held(main, slots, false);
+            main.note_held(slots, false);
             Ok(ffi::SQLITE_OK)
         }
         Verdict::Busy => {
@@ -288,7 +281,7 @@ fn release(main: &mut MainFile, slots: Slots, shared: bool) -> Result<c_int, Los
             Release::ShmExclusive { slots, keep_turn }
         }
     };
-    main.turn &= !turn_ends || crate::planted::planted("turn-noted-for-good");
+    main.turn &= !turn_ends || planted("turn-noted-for-good");
     main.gated().ok_or(Lost)?.release(release)?;
     if ends {
         main.snapshot_ends();
@@ -297,65 +290,6 @@ fn release(main: &mut MainFile, slots: Slots, shared: bool) -> Result<c_int, Los
         main.wal_has_grown();
     }
     Ok(ffi::SQLITE_OK)
-}
-
-/// Guest mode: the unix VFS's locks, with the turn around them.
-fn guest_lock(file: File, w: &mut Wrapped, slots: Slots, flags: c_int) -> c_int {
-    let locking = flags & ffi::SQLITE_SHM_LOCK != 0;
-    let shared = flags & ffi::SQLITE_SHM_SHARED != 0;
-    let (first, count) = slots.bounds();
-    let Kind::Main(main) = &mut w.kind else { return ffi::SQLITE_MISUSE };
-    let guest = main.guest().is_some();
-    let mut before = None;
-    if guest && locking {
-        let read_slot = first as u8;
-        let begins = shared && slots.is_one_read();
-        let checkpoint = !shared && slots.is_write() && !main.reads() && main.owns(slot::CHECKPOINT);
-        if begins {
-            main.retry_expected = false;
-            before = main.snapshot_basis(read_slot);
-        }
-        let taken = match (begins, checkpoint) {
-            (true, _) => take_turn(main),
-            (_, true) => main.ask(Ask { request: Request::Turn, ahead: true }, || false).map(|o| {
-                main.turn = matches!(o.verdict, Verdict::Granted { turn: true, .. });
-            }),
-            _ => Ok(()),
-        };
-        if taken.is_err() {
-            main.log_lost();
-            return ffi::SQLITE_IOERR_SHMLOCK;
-        }
-    }
-    let rc = real!(w, xShmLock, ffi::SQLITE_IOERR_SHMLOCK, file, first, count, flags);
-    let Kind::Main(main) = &mut w.kind else { return rc };
-    if rc != ffi::SQLITE_OK || !guest {
-        if rc == ffi::SQLITE_BUSY && slots.is_write() && main.reads() {
-            main.second_chance = true;
-        }
-        return rc;
-    }
-    let mask = slots.mask().unwrap_or(0);
-    if locking {
-        note_held(main, slots, shared);
-        if shared && slots.is_one_read() {
-            main.retry_expected = main.turn && before != main.snapshot_basis(first as u8);
-        } else if slots.is_write() && main.reads() {
-            turn_is_used(main);
-        }
-        return rc;
-    }
-    let was_write = !shared && slots.is_write();
-    let kept = std::mem::take(&mut main.retry_expected) && shared;
-    match shared {
-        true => main.shared_slots &= !mask,
-        false => main.exclusive_slots &= !mask,
-    }
-    let transaction_ends = shared && !main.reads() && !main.owns(slot::WRITE) && !kept;
-    if transaction_ends || (was_write && (main.reads() || main.owns(slot::CHECKPOINT))) {
-        end_turn(main);
-    }
-    rc
 }
 
 pub fn barrier(file: File, w: &Wrapped) {

@@ -10,6 +10,7 @@ pub mod words;
 
 pub use requests::{granted, seats, slots};
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 use turnstile::lock::park::Parking;
@@ -18,7 +19,7 @@ use turnstile::lock::rules::Attempt;
 use turnstile::lock::seat::{Own, Seat};
 use turnstile::lock::table::Table;
 use turnstile::lock::turn::Turn;
-use turnstile::lock::{Ask, Release, SeatId, Verdict};
+use turnstile::lock::{Ask, FileLevel, Release, Request, SeatId, Verdict};
 use turnstile::planted::fails_without;
 use turnstile::segment::atomic::SeqCst;
 use turnstile::segment::layout::{ARRIVED, CHECKPOINTER, NAPPING, PARKED, RUNNING, SeatWords};
@@ -92,6 +93,20 @@ fn at(id: SeatId) -> usize {
     if id == CHECKPOINTER { 0 } else { id as usize }
 }
 
+/// What a seat holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Held {
+    turn: bool,
+    /// It stands in the line, or among the sleepers.
+    waits: bool,
+    shared: u8,
+    owned: u8,
+    file_shared: bool,
+    reserved: bool,
+    pending: bool,
+    exclusive: bool,
+}
+
 /// A database that has been looked at (no probation), its seats, and a clock that the test moves.
 pub struct Bench {
     control: ControlMap,
@@ -100,6 +115,8 @@ pub struct Bench {
     broker: Side,
     queue: RefCell<Queue>,
     fast: Vec<Fast>,
+    /// What seats held before the requests that have not ended.
+    before: RefCell<BTreeMap<SeatId, (Request, Held)>>,
 }
 
 impl Drop for Bench {
@@ -126,6 +143,7 @@ impl Bench {
             broker,
             queue: RefCell::default(),
             fast,
+            before: RefCell::default(),
         }
     }
 
@@ -204,19 +222,55 @@ impl Bench {
     /// A request. `None`: it waits.
     pub fn submit(&self, id: SeatId, ask: Ask) -> Option<Verdict> {
         assert!(!self.is_waiting(id), "seat {id} asks while it waits");
+        self.before.borrow_mut().insert(id, (ask.request, self.held(id)));
         if self.is_brokered(id) {
             self.table().hand_out(id);
             let (thread, connection) = asker(id);
-            return self.lane(|lane| lane.submit(id, ask, (connection, thread)));
+            let verdict = self.lane(|lane| lane.submit(id, ask, (connection, thread)));
+            return verdict.inspect(|v| self.has_ended(id, *v));
         }
         match self.with(id, |seat| seat.attempt(ask)) {
-            Attempt::Done(verdict) => Some(verdict),
+            Attempt::Done(verdict) => {
+                self.has_ended(id, verdict);
+                Some(verdict)
+            }
             Attempt::Wait { for_turn } => {
                 self.fast[at(id)].asks.set(Some(ask));
                 self.fast[at(id)].for_turn.set(for_turn);
                 self.look_again(id, ask)
             }
         }
+    }
+
+    fn held(&self, id: SeatId) -> Held {
+        let t = self.table();
+        Held {
+            turn: self.holder() == Some(id),
+            waits: self.turn().line().contains(&id) || t.sleepers.has(id),
+            shared: t.slots_shared(id),
+            owned: t.owned_slots(id),
+            file_shared: t.file_shared(id),
+            reserved: t.reserved() == Some(id),
+            pending: t.pending() == Some(id),
+            exclusive: t.exclusive() == Some(id),
+        }
+    }
+
+    /// A request has ended. After BUSY the seat holds what it held before: SQLite knows of nothing else, so nobody would
+    /// give it back.
+    fn has_ended(&self, id: SeatId, verdict: Verdict) {
+        let Some((request, mut before)) = self.before.borrow_mut().remove(&id) else { return };
+        if verdict != Verdict::Busy {
+            return;
+        }
+        let after = self.held(id);
+        if before.reserved && matches!(request, Request::File { level: FileLevel::Exclusive, .. }) {
+            // Two that SQLite knows of: PENDING stays with RESERVED (unixLock), and who waits to leave WAL mode lets
+            // others have its turn.
+            before.pending |= after.pending;
+            before.turn &= after.turn;
+        }
+        assert_eq!(after, before, "what seat {id} holds after BUSY to {request:?}, and before");
     }
 
     /// A waiting fast seat: one round of the loop in which it waits. `None`: it is about to sleep.
@@ -230,6 +284,7 @@ impl Bench {
                     Attempt::Done(verdict) => {
                         seat.end_wait();
                         fast.asks.set(None);
+                        self.has_ended(id, verdict);
                         return Some(verdict);
                     }
                     Attempt::Wait { for_turn } if for_turn == fast.for_turn.get() => return None,
@@ -272,10 +327,12 @@ impl Bench {
 
     /// The broker, if somebody has sent it something: its requests that ended.
     pub fn run_broker(&self) -> Vec<(SeatId, Verdict)> {
-        match self.member.wakes.broker.replace(false) {
+        let ended = match self.member.wakes.broker.replace(false) {
             true => self.lane_at_once(|lane| lane.settle()),
             false => Vec::new(),
-        }
+        };
+        ended.iter().for_each(|(id, verdict)| self.has_ended(*id, *verdict));
+        ended
     }
 
     /// Everybody who has been woken runs, in the order of the wake-ups, until all sleep: waits that ended, in the
@@ -318,11 +375,11 @@ impl Bench {
 
     /// The seat's limit is reached.
     pub fn give_up(&self, id: SeatId) -> Option<Verdict> {
-        if self.is_brokered(id) {
-            return self.lane(|lane| lane.give_up(id));
-        }
-        let ask = self.fast[at(id)].asks.take()?;
-        Some(self.with(id, |seat| seat.give_up(ask)))
+        let verdict = match self.is_brokered(id) {
+            true => self.lane(|lane| lane.give_up(id)),
+            false => self.fast[at(id)].asks.take().map(|ask| self.with(id, |seat| seat.give_up(ask))),
+        };
+        verdict.inspect(|v| self.has_ended(id, *v))
     }
 
     pub fn release(&self, id: SeatId, release: Release) {
@@ -347,6 +404,7 @@ impl Bench {
     pub fn remove(&self, id: SeatId) {
         self.fast[at(id)].asks.take();
         self.fast[at(id)].own.take();
+        self.before.borrow_mut().remove(&id);
         self.lane(|lane| lane.remove(id));
     }
 }

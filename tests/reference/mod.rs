@@ -46,6 +46,8 @@ pub struct Locks {
     waiting: BTreeMap<Ticket, Waiting>,
     ticket_of: BTreeMap<SeatId, Ticket>,
     next_ticket: Ticket,
+    /// Seats whose turn was taken for the request that is being made.
+    took_turn: BTreeSet<SeatId>,
     pub probation: Probation,
     /// Seats that have the wal-index open.
     wal: BTreeSet<SeatId>,
@@ -60,6 +62,7 @@ impl Locks {
             waiting: BTreeMap::new(),
             ticket_of: BTreeMap::new(),
             next_ticket: 1,
+            took_turn: BTreeSet::new(),
             probation: Probation::Open { admitted: None },
             wal: BTreeSet::new(),
         }
@@ -130,6 +133,7 @@ impl Locks {
                 if asked && self.table.reserved != Some(seat) {
                     self.table.release_file_write(seat);
                 }
+                self.refused(seat);
                 Some(Verdict::Busy)
             }
         }
@@ -240,6 +244,7 @@ impl Locks {
     pub fn remove(&mut self, seat: SeatId) {
         let left_journal = self.table.file_write_held(seat) && !self.wal.contains(&seat);
         self.forget_request(seat);
+        self.took_turn.remove(&seat);
         self.turn.end(seat);
         self.table.clear(seat);
         self.wal.remove(&seat);
@@ -276,6 +281,10 @@ impl Locks {
             Request::File { .. } => blockers.extend(self.table.other_readers(seat)),
             Request::ShmShared(s) | Request::ShmExclusive { slots: s, .. } => {
                 blockers.extend(self.table.slots_blocked_by(seat, s.mask().unwrap_or(0)));
+                if matches!(w.ask.request, Request::ShmExclusive { slots, .. } if slots.is_checkpoint()) {
+                    // Who begins the WAL anew.
+                    blockers.extend(self.table.slot_owner(slot::READ0 + 1));
+                }
             }
             Request::Turn => {}
         }

@@ -19,7 +19,28 @@ pub(super) enum Attempt {
 const BUSY: Attempt = Attempt::Done(Verdict::Busy);
 
 impl Locks {
+    /// After BUSY the seat holds what it held before the request.
     pub(super) fn attempt(&mut self, seat: SeatId, ask: Ask, ticket: Option<Ticket>) -> Attempt {
+        let had_turn = self.turn.held_by(seat);
+        let attempt = self.try_request(seat, ask, ticket);
+        if self.turn.held_by(seat) && !had_turn {
+            self.took_turn.insert(seat);
+        }
+        match attempt {
+            Attempt::Done(Verdict::Granted { .. }) => drop(self.took_turn.remove(&seat)),
+            Attempt::Done(Verdict::Busy) => self.refused(seat),
+            Attempt::Wait { .. } => {}
+        }
+        attempt
+    }
+
+    pub(super) fn refused(&mut self, seat: SeatId) {
+        if self.took_turn.remove(&seat) {
+            self.turn.end(seat);
+        }
+    }
+
+    fn try_request(&mut self, seat: SeatId, ask: Ask, ticket: Option<Ticket>) -> Attempt {
         if self.wants_turn(seat, ask) {
             let comes_with = match ask.request {
                 Request::ShmExclusive { slots, .. } => slots.mask().unwrap_or(0),
@@ -137,6 +158,17 @@ impl Locks {
     fn shm_exclusive(&mut self, seat: SeatId, slots: Slots) -> Attempt {
         let Some(mask) = slots.mask() else { return BUSY };
         if !slots.is_write() {
+            // No WAL is begun anew beside another seat's checkpoint.
+            let begins_anew = |mask: u8| mask & slot::WAL_READERS == slot::WAL_READERS;
+            let foreign = |owner: Option<SeatId>| owner.is_some_and(|o| o != seat);
+            let checkpoints = mask & 1 << slot::CHECKPOINT != 0;
+            let beside = foreign(self.table.slot_owner(slot::CHECKPOINT));
+            if checkpoints && !beside && self.table.begins_anew_elsewhere(seat) {
+                return if slots.is_checkpoint() { Attempt::Wait { for_turn: false } } else { BUSY };
+            }
+            if !checkpoints && begins_anew(mask) && beside {
+                return BUSY;
+            }
             return match self.table.try_slots_exclusive(seat, mask) {
                 true => self.granted(seat, false),
                 false => BUSY,

@@ -58,6 +58,12 @@ impl LockTable {
         (0..8).filter(|s| self.slots[*s as usize] == Some(seat)).fold(0, |m, s| m | 1 << s)
     }
 
+    /// Another seat owns all the slots of those who read the WAL.
+    pub fn begins_anew_elsewhere(&self, seat: SeatId) -> bool {
+        let owners: Vec<_> = (4..8).map(|s| self.slots[s]).collect();
+        owners[0].is_some_and(|o| o != seat) && owners.iter().all(|o| *o == owners[0])
+    }
+
     /// All slots of `mask` shared, or none of them.
     pub fn try_slots_shared(&mut self, seat: SeatId, mask: u8) -> bool {
         let foreign = (0..8).any(|s| mask & (1 << s) != 0 && self.slots[s].is_some_and(|o| o != seat));

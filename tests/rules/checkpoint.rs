@@ -1,7 +1,7 @@
 //! The broker's checkpointer holds locks like everybody, and is in nobody's way for long.
 
 use crate::lanes::{always, granted, rule, seats, slots};
-use turnstile::lock::{Ask, FileLevel, Request, Verdict, slot};
+use turnstile::lock::{Ask, FileLevel, Request, Slots, Verdict, slot};
 use turnstile::segment::layout::CHECKPOINTER;
 
 #[test]
@@ -108,5 +108,69 @@ fn an_upgrade_behind_a_writer_is_refused_after_the_checkpoint() {
         b.unexclusive(CHECKPOINTER, checkpoint);
         assert!(b.settle().contains(&(1, Verdict::Busy)));
         assert_eq!(b.holder(), Some(2));
+    });
+}
+
+/// The read slots with which a WAL is begun anew.
+fn readers() -> Slots {
+    Slots::new(slot::READ0 + 1, 4).unwrap()
+}
+
+/// walRestartLog goes on appending after BUSY.
+#[test]
+fn a_wal_is_not_begun_anew_beside_a_checkpoint() {
+    rule("new-beginning-beside-checkpoint", |b| {
+        b.wal(&[1, 2, 3]);
+        assert!(granted(b.exclusive(2, slots(slot::CHECKPOINT))));
+        assert!(granted(b.read(1, true)));
+        assert!(granted(b.write(1)));
+        b.unread(1, false);
+        assert_eq!(b.exclusive(1, readers()), Some(Verdict::Busy));
+        assert_eq!(b.table().owned_slots(1), 1 << slot::WRITE);
+        // A mark may be set.
+        assert!(granted(b.exclusive(1, slots(slot::READ0 + 1))));
+        b.unexclusive(1, slots(slot::READ0 + 1));
+        b.unexclusive(2, slots(slot::CHECKPOINT));
+        assert!(granted(b.exclusive(1, readers())));
+    });
+}
+
+#[test]
+fn a_checkpoint_waits_until_the_wal_has_been_begun_anew() {
+    rule("checkpoint-beside-new-beginning", |b| {
+        b.wal(&[1, 2]);
+        assert!(granted(b.write(1)));
+        assert!(granted(b.exclusive(1, readers())));
+        assert_eq!(b.exclusive(2, slots(slot::CHECKPOINT)), None);
+        assert!(b.settle().is_empty());
+        assert_eq!(b.table().slot_owner(slot::CHECKPOINT), None);
+        assert_eq!(turnstile::lock::queue::blockers(b.turn(), 2), [1]);
+        b.unexclusive(1, readers());
+        assert_eq!(seats(&b.settle()), [2]);
+        assert_eq!(b.table().slot_owner(slot::CHECKPOINT), Some(2));
+    });
+}
+
+#[test]
+fn a_checkpoint_outlives_a_writer_that_dies_beginning_the_wal_anew() {
+    always(|b| {
+        b.wal(&[1, 2]);
+        assert!(granted(b.write(1)));
+        assert!(granted(b.exclusive(1, readers())));
+        assert_eq!(b.exclusive(2, slots(slot::CHECKPOINT)), None);
+        b.remove(1);
+        assert_eq!(seats(&b.settle()), [2]);
+    });
+}
+
+#[test]
+fn a_checkpoint_itself_begins_the_wal_anew() {
+    always(|b| {
+        b.wal(&[1, 2]);
+        assert!(granted(b.exclusive(1, slots(slot::CHECKPOINT))));
+        assert!(granted(b.write(1)));
+        assert!(granted(b.exclusive(1, readers())));
+        // Another one is refused as ever.
+        assert_eq!(b.exclusive(2, slots(slot::CHECKPOINT)), Some(Verdict::Busy));
     });
 }

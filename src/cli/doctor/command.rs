@@ -133,7 +133,7 @@ fn describe(name: &str, known: &Known, findings: &mut Findings) {
     if !known.loads_extensions {
         findings.warning("command-no-extensions", "it cannot load extensions", "use `turnstile run` for it");
     }
-    versions::sqlite(&known.version, name, findings);
+    versions::sqlite(&known.version, name, false, findings);
 }
 
 fn known(path: &Path, program: &Program) -> Option<Known> {

@@ -84,12 +84,13 @@ fn members(database: Option<&Value>, findings: &mut Findings) {
     }
     for (version, who) in &by_version {
         let more = if who.len() > 1 { format!(" and {} more", who.len() - 1) } else { String::new() };
-        sqlite(version, &format!("{}{more}", who[0]), findings);
+        let beside_plain = database.is_some_and(|d| d["mode"] == "guest");
+        sqlite(version, &format!("{}{more}", who[0]), beside_plain, findings);
     }
 }
 
-/// What is known of a version of SQLite that `who` uses.
-pub fn sqlite(version: &str, who: &str, findings: &mut Findings) {
+/// What is known of a version of SQLite that `who` uses. `beside_plain`: in guest mode.
+pub fn sqlite(version: &str, who: &str, beside_plain: bool, findings: &mut Findings) {
     let Some(v) = parsed(version) else { return };
     if v < [3, 34, 0] {
         return findings.problem(
@@ -98,15 +99,20 @@ pub fn sqlite(version: &str, who: &str, findings: &mut Findings) {
             "let it use a newer one",
         );
     }
-    if has_reset_race(v) {
-        findings.warning(
+    match has_reset_race(v) {
+        true if beside_plain => findings.warning(
             "sqlite-wal-reset",
             format!(
-                "{who} has SQLite {version}, with a rare race of its own: a WAL that is begun anew beside a \
-                     checkpoint can damage the database (sqlite.org/wal.html#walresetbug)"
+                "{who} has SQLite {version}: a plain client that begins the WAL anew beside its checkpoint can damage \
+                 the database (sqlite.org/wal.html#walresetbug)"
             ),
-            "SQLite 3.51.3 or later, 3.50.7 or 3.44.6",
-        );
+            "SQLite 3.51.3 or later, 3.50.7 or 3.44.6, or no plain clients",
+        ),
+        true => findings.ok(
+            "sqlite-wal-reset",
+            format!("{who} has SQLite {version}, whose WAL-reset race cannot happen among members"),
+        ),
+        false => {}
     }
     if has_savepoint_fault(v) {
         findings.warning(
