@@ -25,13 +25,10 @@ class Opened:
     def __init__(self, a):
         self.path = a.database()
         self.worker = a.spawn(works, a, self.path)
-        self.hostile = None
         end = time.monotonic() + 5
-        while self.hostile is None:
-            with regardless():
-                hostile, self.fds = a.member(self.path)
-                if os.path.exists(self.path + "-wal") or time.monotonic() > end:
-                    self.hostile = hostile
+        while not os.path.exists(self.path + "-wal") and time.monotonic() < end:
+            time.sleep(0.002)
+        self.hostile, self.fds = a.member(self.path)
         self.control = mmap.mmap(self.fds[0], os.fstat(self.fds[0]).st_size)
         self.index = mmap.mmap(self.fds[1], 256 * 1024)
         with regardless():

@@ -13,8 +13,8 @@ from test_hostile import LOG, STATUS, join, with_seat
 
 NEWNS, NEWUSER, NEWPID, NEWNET = 0x00020000, 0x10000000, 0x20000000, 0x40000000
 BIND, REC, PRIVATE, DETACH = 4096, 16384, 1 << 18, 2
-LOOKUP, FORGET, GETATTR, OPEN, READ, RELEASE, FLUSH, INIT, OPENDIR, READDIR, RELEASEDIR, GETXATTR = (
-    1, 2, 3, 14, 15, 18, 25, 26, 27, 28, 29, 22)
+LOOKUP, FORGET, GETATTR, OPEN, READ, STATFS, RELEASE, FLUSH, INIT, OPENDIR, READDIR, RELEASEDIR = (
+    1, 2, 3, 14, 15, 17, 18, 25, 26, 27, 28, 29)
 BATCH_FORGET = 42
 
 
@@ -58,6 +58,8 @@ def serve(fuse, silent):
             answer = struct.pack("<QII", 0, 0, 0) + attributes(node)
         elif operation in (OPEN, OPENDIR):
             answer = struct.pack("<QII", 1, 0, 0)
+        elif operation == STATFS:
+            answer = struct.pack("<5Q10I", 1000, 1000, 1000, 1000, 1000, 4096, 255, 4096, 0, *[0] * 6)
         elif operation not in (RELEASE, RELEASEDIR, READ, READDIR, FLUSH):
             error = -38  # ENOSYS
         os.write(fuse, struct.pack("<IiQ", 16 + len(answer), error, unique) + answer)

@@ -23,7 +23,9 @@ sys.path.insert(0, os.path.join(os.path.dirname(HERE), "e2e"))
 import harness  # noqa: E402
 from harness import PYTHON, Broker, create, plain, wait_until  # noqa: E402
 
-VICTIM, ATTACKER = 54331, 54341
+# Of each run: they are ended by it. The first is the victims'; each try of an attack is another one's, because a user that was
+# found out is let in no more.
+USERS = 512
 # What a victim does: each kind is a process of its own.
 KINDS = ("works", "opens", "arrives")
 # How much longer than its own a victim's worst wait may be, in seconds.
@@ -126,13 +128,13 @@ def state(pid):
         return "gone"
 
 
-def end_processes_of(uid):
-    """All of them: this uid is the suite's own, and a process that an attack has left is another attack."""
+def end_processes_of(uids):
+    """All of them: these users are the suite's own, and a process that an attack has left is another attack."""
     def left():
         found = []
         for pid in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):
-                if os.stat(f"/proc/{pid}").st_uid == uid and state(pid) not in ("Z", "X", "gone"):
+                if os.stat(f"/proc/{pid}").st_uid in uids and state(pid) not in ("Z", "X", "gone"):
                     found.append(int(pid))
         return found
     end = time.monotonic() + 10
@@ -149,6 +151,9 @@ class Rig:
     def __init__(self, *arguments):
         self.broker = Broker("--everyone", "yes", *arguments)
         self.victims = {}
+        first = 100_000 + os.getpid() % 4000 * USERS
+        self.users = range(first, first + USERS)
+        self.victim, self.attackers = first, iter(self.users[1:])
 
     def __enter__(self):
         self.home = tempfile.mkdtemp(prefix="ts-attacks-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
@@ -161,13 +166,11 @@ class Rig:
             os.mkdir(self.build)
             for path in (harness.lib(), harness.bin()):
                 shutil.copy(path, self.build)
-            self.place = self.directory("place", ATTACKER)
-            self.data = self.directory("data", VICTIM)
-            self.fuse = os.path.join(tempfile.gettempdir(), "fuse")
+            self.data = self.directory("data", self.victim)
             self.make_databases()
             self.end.enter_context(self.broker)
             self.board = Board(os.path.join(self.home, "board"), make=True)
-            os.chown(os.path.join(self.home, "board"), VICTIM, VICTIM)
+            os.chown(os.path.join(self.home, "board"), self.victim, self.victim)
             for kind in KINDS:
                 self.start_victim(kind)
             self.settle()
@@ -180,8 +183,7 @@ class Rig:
         for process in self.victims.values():
             process.kill()
             process.wait(10)
-        end_processes_of(ATTACKER)
-        end_processes_of(VICTIM)
+        end_processes_of(self.users)
         try:
             self.end.__exit__(*exception)
         finally:
@@ -202,12 +204,12 @@ class Rig:
         for name in names:
             path = create(os.path.join(self.data, name))
             os.chmod(path, 0o644 if name == "read.db" else 0o600)
-            os.chown(path, VICTIM, VICTIM)
+            os.chown(path, self.victim, self.victim)
 
     def start_victim(self, kind):
         env = {**self.broker.env, "VICTIM": kind, "LIBRARY": os.path.join(self.build, "libturnstile.so")}
         self.victims[kind] = subprocess.Popen(
-            [PYTHON, os.path.join(HERE, "victim.py"), self.home], env=env, user=VICTIM, group=VICTIM, extra_groups=[],
+            [PYTHON, os.path.join(HERE, "victim.py"), self.home], env=env, user=self.victim, group=self.victim, extra_groups=[],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, cwd="/")
 
     def settle(self):
@@ -242,16 +244,20 @@ class Rig:
         pids = self.pids()
         self.board.new_window()
         with Watch(lambda: pids) as watch:
-            said = None
+            said, more = None, []
             if attack is None:
                 time.sleep(seconds)
             else:
-                said = self.attacked(attack, seconds)
+                try:
+                    said = self.attacked(attack, seconds)
+                except AssertionError as e:
+                    said, more = {"blows": 0}, [str(e)]
             # What an attack has left behind counts, too.
             time.sleep(0.1)
             worst = {kind: self.board.worst(kind) for kind in KINDS}
         faults = [f"{name} was {longest:.2f} s in state D" for name, longest in watch.longest.items()
                   if longest > UNINTERRUPTIBLE]
+        faults += more
         for kind in KINDS:
             if self.board.word(kind, 4):
                 faults.append(f"who {kind} failed {self.board.word(kind, 4)} times: {self.board.error(kind)}")
@@ -260,21 +266,24 @@ class Rig:
         return worst, faults, said
 
     def attacked(self, name, seconds):
-        env = {**harness.plain_env(), "SOCKET": self.broker.socket, "PLACE": self.place, "DATA": self.data,
+        uid = next(self.attackers)
+        place = self.directory(f"place-{uid}", uid)
+        env = {**harness.plain_env(), "SOCKET": self.broker.socket, "PLACE": place, "DATA": self.data,
                "FUSE": self.fuse_device(), "LIBRARY": os.path.join(self.build, "libturnstile.so"),
                "TURNSTILE_SOCKET": self.broker.socket, "BROKER": str(self.broker.pid)}
         errors = tempfile.TemporaryFile()
         process = subprocess.Popen(["nice", PYTHON, os.path.join(HERE, "attacker.py"), name, str(seconds)], env=env,
-                                   user=ATTACKER, group=ATTACKER, extra_groups=[], stdin=subprocess.DEVNULL,
+                                   user=uid, group=uid, extra_groups=[], stdin=subprocess.DEVNULL,
                                    stdout=subprocess.PIPE, stderr=errors, start_new_session=True, cwd="/")
         try:
-            line = process.stdout.readline() if select_for(process.stdout, seconds + 20) else b""
+            line = process.stdout.readline() if select_for(process.stdout, seconds + 15) else b""
         finally:
-            end_processes_of(ATTACKER)
+            end_processes_of([uid])
             process.kill()
             process.stdout.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(5)
+            shutil.rmtree(place, ignore_errors=True)
         if not line:
             errors.seek(0)
             raise AssertionError(f"{name} was no attack:\n{errors.read().decode(errors='replace')}")
@@ -282,7 +291,7 @@ class Rig:
 
     def fuse_device(self):
         """As everybody has it on most machines."""
-        path = "/tmp/turnstile-attacks-fuse"
+        path = f"/tmp/turnstile-attacks-{os.getpid()}"
         if not os.path.exists(path):
             with contextlib.suppress(OSError):
                 os.mknod(path, 0o20666, os.makedev(10, 229))
@@ -305,17 +314,7 @@ class Rig:
             if not best["faults"] or said.get("skipped"):
                 break
             self.settle()
-        self.clean()
         return best
-
-    def clean(self):
-        """The attacker's place, empty again."""
-        for entry in os.scandir(self.place):
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path, ignore_errors=True)
-            else:
-                with contextlib.suppress(OSError):
-                    os.unlink(entry.path)
 
     # --- the broker's other duties ------------------------------------------------------------------------------
 
@@ -362,3 +361,27 @@ class Rig:
 def select_for(file, seconds):
     import select
     return bool(select.select([file], [], [], seconds)[0])
+
+
+def listed():
+    """Attacks by name: the module each is in, and what it tries."""
+    command = [PYTHON, os.path.join(HERE, "attacker.py"), "--list"]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def campaign(names, seconds, say=lambda result: None, turn=1):
+    """Every attack in `names`. After each `turn` of them the broker is replaced, or stopped and started, by turns."""
+    results = []
+    with Rig() as r:
+        for n, name in enumerate(names):
+            result = r.try_attack(name, seconds)
+            if n % turn == turn - 1:
+                duty = r.restart if n // turn % 2 else r.replace
+                try:
+                    result["faults"] += duty()
+                except (AssertionError, harness.SetupError) as e:
+                    result["faults"].append(f"{duty.__name__}: {e}")
+            results.append(result)
+            say(result)
+        r.check()
+    return results

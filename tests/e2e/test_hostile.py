@@ -12,7 +12,7 @@ import time
 
 from harness import (Broker, Workers, bin, check_rows, connect, create, fails_without, is_busy, plain, run, slow, timeout,
                      wait_until, waits)
-from test_gate import JOINED, REFUSED, Wire, varint
+from test_gate import JOINED, PROTOCOL_VERSION, REFUSED, Wire, varint
 
 # The messages by their number, in the order of src/wire/message.rs.
 (INTRODUCE, JOIN, LOCK, CANCEL, UNLOCK, CHECK_RESERVED, JOURNAL_CLEAR, TURN_USED, OPEN_WAL_INDEX, GROW_WAL_INDEX,
@@ -20,7 +20,7 @@ from test_gate import JOINED, REFUSED, Wire, varint
 WAL_FILE, WAL_GREW = 18, 19
 ANSWER_LOCK, ANSWER_WAL_INDEX, ANSWER_LEFT = 3, 5, 6
 MAX_PACKET = 16 * 1024
-HELLO = varint(0x74575253) + varint(3)
+HELLO = varint(0x74575253) + varint(PROTOCOL_VERSION)
 FILE_SHARED = varint(0) + varint(1) + b"\0"  # Request::File { level: Shared, hot_journal: false }
 
 
