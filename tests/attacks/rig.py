@@ -1,7 +1,8 @@
 """A broker of root's, victims of one user at work, and attacks of another: how long the victims wait.
 
 A victim notes each wait on a board, a file that the runner reads. What is noted is how long an operation took, less how
-long its thread stood in line for a processor: the machine may be busy, and whoever keeps it busy need not be an attacker.
+long its thread and the broker's stood in line for a processor: the machine may be busy, and whoever keeps it busy need not be
+an attacker.
 """
 
 import contextlib
@@ -44,15 +45,21 @@ class Board:
     def __init__(self, path, make=False):
         if make:
             with open(path, "wb") as f:
-                f.write(bytes(SLOT.size * len(KINDS)))
+                f.write(bytes(SLOT.size * len(KINDS) + 8))
         self.file = open(path, "r+b")
-        self.map = mmap.mmap(self.file.fileno(), SLOT.size * len(KINDS))
+        self.map = mmap.mmap(self.file.fileno(), SLOT.size * len(KINDS) + 8)
 
     def word(self, kind, n, value=None):
         at = KINDS.index(kind) * SLOT.size + 8 * n
         if value is None:
             return int.from_bytes(self.map[at:at + 8], "little")
         self.map[at:at + 8] = int(value).to_bytes(8, "little")
+
+    def broker(self, pid=None):
+        """Its pid, which the runner writes."""
+        if pid is None:
+            return int.from_bytes(self.map[-8:], "little")
+        self.map[-8:] = pid.to_bytes(8, "little")
 
     def new_window(self):
         for kind in KINDS:
@@ -85,10 +92,13 @@ class Board:
         return max(self.word(kind, 2), under_way) / 1e9
 
 
-def run_delay():
-    """Nanoseconds that this thread has stood in line for a processor (sched_info, /proc/PID/schedstat)."""
-    with open("/proc/thread-self/schedstat") as f:
-        return int(f.read().split()[1])
+def run_delay(of="thread-self"):
+    """Nanoseconds that this thread, or a process's first one, has stood in line for a processor (/proc/PID/schedstat)."""
+    try:
+        with open(f"/proc/{of}/schedstat") as f:
+            return int(f.read().split()[1])
+    except OSError:
+        return 0  # a broker that has just been replaced
 
 
 class Watch(threading.Thread):
@@ -170,6 +180,7 @@ class Rig:
             self.make_databases()
             self.end.enter_context(self.broker)
             self.board = Board(os.path.join(self.home, "board"), make=True)
+            self.board.broker(self.broker.pid)
             os.chown(os.path.join(self.home, "board"), self.victim, self.victim)
             for kind in KINDS:
                 self.start_victim(kind)
@@ -214,6 +225,7 @@ class Rig:
 
     def settle(self):
         """Waits until every victim works."""
+        self.board.broker(self.broker.pid)
         self.board.new_window()
         for kind, process in self.victims.items():
             wait_until(lambda: self.board.word(kind, 3) > 3 or process.poll() is not None, 30, f"the victim that {kind}")

@@ -92,12 +92,14 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: ended.append(True))
     operation = {"works": Works, "opens": Opens, "arrives": Arrives}[KIND]()
     while not ended:
-        began, delay = time.monotonic_ns(), run_delay()
+        began, delay, broker = time.monotonic_ns(), run_delay(), board.broker()
+        before = run_delay(broker)
         board.begin(KIND)
         try:
             more = operation() or 0
             wall = time.monotonic_ns() - began
-            board.end(KIND, max(0, wall - (run_delay() - delay) - more))
+            brokers = max(0, run_delay(broker) - before)
+            board.end(KIND, max(0, wall - (run_delay() - delay) - brokers - more))
         except sqlite3.Error as e:
             board.failed(KIND, e)
         time.sleep(PAUSE)
