@@ -352,7 +352,7 @@ static int count_loads(struct dl_phdr_info *info, size_t size, void *arg){
 /* The address is copied now: programs overwrite their environment. */
 __attribute__((constructor))
 static void hello(void){
-  const char *name = getenv("TURNSTILE_RUN_REPORT");
+  const char *name = secure_getenv("TURNSTILE_RUN_REPORT");
   int saved = errno;
   ssize_t n;
   if( !name || name[0]!='@' || strlen(name)>=sizeof(report_name) ) return;

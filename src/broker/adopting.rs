@@ -50,6 +50,8 @@ pub enum TakeoverError {
          there (`docker kill --signal USR2`), which leaves its databases to their members, and start without --replace"
     )]
     OutOfSight,
+    #[error("user {1} listens on {0}: it is no broker of ours, and is not replaced")]
+    Anothers(String, u32),
 }
 
 /// A keeper that has given everything back, and what that is.
@@ -163,6 +165,9 @@ pub fn replace(broker: &Path) -> Result<Duration, super::ServeError> {
     }
     let Ok(socket) = socket::connect_to(broker) else { return Ok(REPLACED_WITHIN) };
     let peer = peer_of(&socket)?;
+    if peer.uid != nix::unistd::geteuid().as_raw() && !planted("replaced-is-anyone") {
+        return Err(TakeoverError::Anothers(broker.display().to_string(), peer.uid).into());
+    }
     if let Err(e) = liveness::signal(&peer, nix::sys::signal::Signal::SIGUSR2) {
         let seen = |e: nix::Error| TakeoverError::Irreplaceable(peer.pid, e.into());
         return Err(if peer.pid == 0 { TakeoverError::OutOfSight } else { seen(e) }.into());

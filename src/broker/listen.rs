@@ -1,5 +1,6 @@
 //! The broker's socket: one broker a path, and never a moment at which the path leads nowhere.
 
+use crate::planted::planted;
 use crate::segment::names::Place;
 use crate::wire::socket::{new_socket, short_path};
 use nix::errno::Errno;
@@ -56,7 +57,7 @@ impl Lock {
             .truncate(false)
             .write(true)
             .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC)
             .open(&lock_path)
             .map_err(io_error)?;
         let end = Instant::now() + patience;
@@ -98,7 +99,7 @@ impl Listener {
         if !listens || listener.leads_to() != Some(place) {
             return Listener::bind(listener.lock, everyone);
         }
-        fs::set_permissions(listener.path(), permissions(everyone))
+        set_permissions(listener.path(), everyone)
             .map_err(|e| ListenError::Io(listener.path().to_owned(), e))?;
         Ok(listener)
     }
@@ -147,8 +148,17 @@ fn backlog() -> Backlog {
     Backlog::new(1024).unwrap_or(Backlog::MAXCONN)
 }
 
-fn permissions(everyone: bool) -> fs::Permissions {
-    fs::Permissions::from_mode(if everyone { 0o666 } else { 0o600 })
+/// Of the socket at `path`, and of nothing else: in a directory of another user there may be a link by now.
+fn set_permissions(path: &Path, everyone: bool) -> io::Result<()> {
+    let follows = planted("socket-mode-follows-links");
+    let nofollow = if follows { 0 } else { libc::O_NOFOLLOW };
+    let there =
+        OpenOptions::new().read(true).custom_flags(libc::O_PATH | nofollow | libc::O_CLOEXEC).open(path)?;
+    if !there.metadata()?.file_type().is_socket() && !follows {
+        return Err(io::Error::new(io::ErrorKind::AlreadyExists, "what is there is not the broker's socket"));
+    }
+    let own = Path::new("/proc/self/fd").join(there.as_raw_fd().to_string());
+    fs::set_permissions(own, fs::Permissions::from_mode(if everyone { 0o666 } else { 0o600 }))
 }
 
 /// Where a socket listens that a broker may serve; an error says what else it is.
@@ -187,8 +197,36 @@ pub(super) fn listen_at(path: &Path, everyone: bool) -> io::Result<OwnedFd> {
     let socket = new_socket()?;
     let (_dir, short) = short_path(&temporary)?;
     bind(socket.as_raw_fd(), &UnixAddr::new(&short)?)?;
-    fs::set_permissions(&temporary, permissions(everyone))?;
+    set_permissions(&temporary, everyone)?;
     listen(&socket, backlog())?;
     fs::rename(&temporary, path)?;
     Ok(socket)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::planted::fails_without;
+
+    /// In a directory of another user the socket may be a link by the time that its mode is set.
+    #[test]
+    fn no_other_file_gets_the_sockets_mode() {
+        let dir = std::env::temp_dir().join(format!("ts-listen-{}", std::process::id()));
+        fs::create_dir(&dir).unwrap();
+        let (other, link) = (dir.join("other"), dir.join("link"));
+        fs::write(&other, "").unwrap();
+        std::os::unix::fs::symlink(&other, &link).unwrap();
+        let mode = |mode| fs::set_permissions(&other, fs::Permissions::from_mode(mode)).unwrap();
+        fails_without("socket-mode-follows-links", || {
+            mode(0o600);
+            for path in [&link, &other] {
+                assert!(set_permissions(path, true).is_err());
+                assert_eq!(fs::metadata(&other).unwrap().mode() & 0o777, 0o600);
+            }
+        });
+        let socket = listen_at(&dir.join("s"), true).unwrap();
+        assert_eq!(fs::metadata(dir.join("s")).unwrap().mode() & 0o777, 0o666);
+        drop(socket);
+        fs::remove_dir_all(&dir).unwrap();
+    }
 }

@@ -48,8 +48,9 @@ impl Server {
                 Ok(())
             }
             (Stage::Open, ToBroker::WalFile { seat }) => {
-                self.own(id, seat)?;
-                self.wal_file(id, seat, packet.fds);
+                if self.still_own(id, seat)? {
+                    self.wal_file(id, seat, packet.fds);
+                }
                 Ok(())
             }
             (Stage::Open, request @ (ToBroker::Lock { seat, .. } | ToBroker::Cancel { seat })) => {
@@ -140,8 +141,9 @@ impl Server {
                 Ok(())
             }
             ToBroker::WalGrew { seat } => {
-                self.own(id, seat)?;
-                self.wal_grew(seat.database);
+                if self.still_own(id, seat)? {
+                    self.wal_grew(seat.database);
+                }
                 Ok(())
             }
             // What it is about is looked at in each turn of the loop.
@@ -213,6 +215,15 @@ impl Server {
                 Ok(())
             }
             _ => Err("a seat that is not its own".into()),
+        }
+    }
+
+    /// Of what is said without waiting for an answer: the seat may have come to rest since, and the broker, which sees that
+    /// in the segment, have closed it before it reads this. Then it is old news, and no offence.
+    fn still_own(&mut self, session: u64, key: SeatKey) -> Result<bool, String> {
+        match self.own(session, key) {
+            Err(reason) if planted("old-news-is-foul") => Err(reason),
+            owned => Ok(owned.is_ok()),
         }
     }
 

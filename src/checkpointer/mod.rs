@@ -1,12 +1,13 @@
 //! `turnstile checkpointer`: the broker's child that copies WALs back into their databases.
 //!
-//! It has no rights of its own on a client's file: it works on descriptors that members have passed to the broker,
-//! with the wal-index in the segment, and by the locks there, from a seat of its own. What copies is the SQLite that is
-//! linked into this program.
+//! It has no rights of its own on a client's file: each database's thread gives them up ([`rights`]), and works on descriptors
+//! that members have passed to the broker, with the wal-index in the segment, and by the locks there, from a seat of its own.
+//! What copies is the SQLite that is linked into this program.
 //!
 //! * [`work`]: one database: its descriptors, its seat. [`vfs`]: how SQLite sees them. [`job`]: one checkpoint.
 
 mod job;
+mod rights;
 mod vfs;
 mod work;
 
@@ -125,11 +126,15 @@ fn work_on(work: Work, told: Receiver<Order>) {
 }
 
 fn obey_orders(work: Work, told: Receiver<Order>) {
+    let rights = rights::give_up();
     let mut job = job::Job::new(&work);
     for order in told {
-        match order {
-            Order::Wal(wal) => job.take_wal(wal),
-            Order::Checkpoint => done(&work, job.checkpoint()),
+        match (order, rights) {
+            (Order::Wal(wal), _) => job.take_wal(wal),
+            (Order::Checkpoint, Ok(())) => done(&work, job.checkpoint()),
+            (Order::Checkpoint, Err(e)) => {
+                done(&work, Outcome::Unable(format!("the checkpointer's rights cannot be given up: {e}")));
+            }
         }
     }
 }

@@ -4,6 +4,7 @@ use serde_json::Value;
 use std::fmt::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use turnstile::client::config::Config;
 use turnstile::client::greeting::ConnectError;
 use turnstile::client::member::status_report;
 use turnstile::client::place;
@@ -33,8 +34,9 @@ pub fn run(args: StatusArgs) -> ExitCode {
 }
 
 fn report(args: &StatusArgs) -> Result<String, String> {
-    let session =
-        connect(args.socket.clone().or_else(|| std::env::var_os("TURNSTILE_SOCKET").map(Into::into)))?;
+    let mut config = Config::from_environment().map_err(|e| e.to_string())?;
+    config.socket = args.socket.clone().or(config.socket);
+    let session = connect(&config)?;
     let json = status_report(&session).map_err(|e| e.to_string())?;
     let report: Value = serde_json::from_slice(&json).map_err(|e| format!("the broker's answer: {e}"))?;
     Ok(match args.json {
@@ -43,14 +45,14 @@ fn report(args: &StatusArgs) -> Result<String, String> {
     })
 }
 
-fn connect(socket: Option<PathBuf>) -> Result<Session, String> {
-    let candidates = match socket {
-        Some(given) => vec![given],
+fn connect(config: &Config) -> Result<Session, String> {
+    let candidates = match &config.socket {
+        Some(given) => vec![given.clone()],
         None => place::candidates().flatten().collect(),
     };
     let mut errors = Vec::new();
     for path in candidates {
-        match Session::open(&path) {
+        match Session::open(&path, &config.believed) {
             Ok(session) => return Ok(session),
             Err(e @ ConnectError::Absent(_)) => {
                 errors

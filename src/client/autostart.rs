@@ -1,7 +1,7 @@
 //! A session with a broker, started if there is none: by one of however many processes that want it at once.
 
 use super::JoinError;
-use super::config::{Config, Fallback};
+use super::config::{self, Config, Fallback};
 use super::greeting::ConnectError;
 use super::place;
 use super::session::Session;
@@ -25,7 +25,7 @@ const IDLE_EXIT: &str = "60s";
 /// Connects to the configured broker, or to the first default one that is there, or starts one.
 pub fn session(config: &Config) -> Result<Session, JoinError> {
     if let Some(path) = &config.socket {
-        return Session::open(path).map_err(|e| {
+        return Session::open(path, &config.believed).map_err(|e| {
             let hint = match e {
                 ConnectError::Absent(_) => {
                     " (TURNSTILE_SOCKET names it, so none is started: `turnstile serve`)"
@@ -41,7 +41,7 @@ pub fn session(config: &Config) -> Result<Session, JoinError> {
         let path = path.map_err(no_broker)?;
         // A host's broker that is not for us does not keep us from our own.
         let last = geteuid().is_root() || path != Path::new(place::HOST_SOCKET);
-        match Session::open(&path) {
+        match Session::open(&path, &config.believed) {
             Ok(session) => return Ok(session),
             Err(e @ ConnectError::Absent(_)) => absent = Some(e),
             Err(e) if last => return Err(JoinError::NoBroker(e.to_string())),
@@ -79,7 +79,7 @@ fn start(path: &Path, config: &Config) -> Result<Session, JoinError> {
     let _lock = starters_lock(&dir.join("starting.lock"), end)?;
     let mut launched: Option<Instant> = None;
     loop {
-        match Session::open(path) {
+        match Session::open(path, &config.believed) {
             Ok(session) => return Ok(session),
             Err(ConnectError::Absent(_)) => {}
             Err(e) => return Err(JoinError::NoBroker(e.to_string())),
@@ -99,7 +99,7 @@ fn start(path: &Path, config: &Config) -> Result<Session, JoinError> {
 
 /// One starter at a time; the others find the broker once they get the lock.
 fn starters_lock(path: &Path, end: Instant) -> io::Result<Flock<File>> {
-    let flags = libc::O_NOFOLLOW | libc::O_CLOEXEC;
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC;
     let mut file = OpenOptions::new()
         .create(true)
         .truncate(false)
@@ -127,14 +127,14 @@ fn launch(program: &Path, socket: &Path) -> io::Result<()> {
         c(b"--idle-exit")?,
         c(IDLE_EXIT.as_bytes())?,
     ];
-    // The host's environment, less what would bring the extension into the broker, or have it speak to the host's
+    // The host's environment, if it is its owner's, less what would bring the extension into the broker, or have it speak to the host's
     // service manager.
     let own = |name: &[u8]| {
         matches!(name, b"LD_PRELOAD" | b"NOTIFY_SOCKET" | b"LISTEN_FDS" | b"LISTEN_PID" | b"LISTEN_FDNAMES")
             || name.starts_with(b"TURNSTILE_RUN")
     };
     let environment = std::env::vars_os()
-        .filter(|(k, _)| !own(k.as_bytes()))
+        .filter(|(k, _)| !config::has_anothers_rights() && !own(k.as_bytes()))
         .map(|(k, v)| c(&[k.as_bytes(), b"=", v.as_bytes()].concat()))
         .collect::<io::Result<Vec<_>>>()?;
     spawn::daemon(&argv, &environment)
@@ -149,7 +149,7 @@ fn program(config: &Config) -> Option<PathBuf> {
         return Some(given.clone()).filter(executable);
     }
     let beside = own_path().and_then(|p| Some(p.parent()?.join("turnstile")));
-    let on_path = std::env::var_os("PATH").unwrap_or_default();
+    let on_path = config::environment("PATH").unwrap_or_default();
     let on_path = std::env::split_paths(&on_path).map(|d| d.join("turnstile")).collect::<Vec<_>>();
     beside.into_iter().chain(on_path).find(executable)
 }

@@ -1,6 +1,8 @@
 //! Connecting to a broker, and saying who this process is.
 
+use super::config::Believed;
 use super::host::LowDescriptors;
+use super::place;
 use crate::segment::layout::LIVENESS_SIZE;
 use crate::segment::{memfd, names};
 use crate::wire::keeper::Token;
@@ -10,6 +12,7 @@ use crate::wire::message::{
 use crate::wire::socket::{self, Packet};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::PollFlags;
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -22,6 +25,13 @@ pub enum ConnectError {
     Absent(PathBuf),
     #[error("may not connect to {}: {}", .0.display(), .1)]
     Forbidden(PathBuf, io::Error),
+    /// Of a user that it is not sent anything of.
+    #[error(
+        "{}: user {} listens there, who is neither root nor this process's user, and gets no file of it \
+         (TURNSTILE_BROKER_UID={} in the environment says that it may)",
+        .0.display(), .1, .1
+    )]
+    Untrusted(PathBuf, u32),
     /// Something listens that is not a turnstile broker, or not of this version.
     #[error("{}: {}", .0.display(), .1)]
     Stranger(PathBuf, String),
@@ -40,12 +50,22 @@ pub struct Welcome {
 const AGAIN: u32 = 3;
 
 /// Connects and introduces this process, whose liveness memfd is given. `limit`: of each answer.
-pub fn greet(path: &Path, liveness: BorrowedFd, limit: Duration) -> Result<Welcome, ConnectError> {
+pub fn greet(
+    path: &Path,
+    believed: &Believed,
+    liveness: BorrowedFd,
+    limit: Duration,
+) -> Result<Welcome, ConnectError> {
     let io_error = |e: io::Error| ConnectError::Io(path.to_owned(), e);
     let _low = LowDescriptors::occupy().map_err(io_error)?;
     let mut tries = 0;
     loop {
         let socket = connect(path, limit)?;
+        // Whoever called listen(2), whatever the path and its directory are: the kernel says so (unix(7)).
+        let listener = getsockopt(&socket, PeerCredentials).map_err(|e| io_error(e.into()))?.uid();
+        if !believed.covers(listener) && !place::is_hosts(path, listener) {
+            return Err(ConnectError::Untrusted(path.to_owned(), listener));
+        }
         match introduce(path, socket, liveness, limit) {
             // It is replaced as we knock, perhaps: its socket is the next one's.
             Err(ConnectError::Absent(_)) if tries < AGAIN => tries += 1,

@@ -79,7 +79,8 @@ impl Member {
         // The broker that a program of this user finds first is not the one that has this database: a host's
         // broker was started while a user's own was serving it.
         for socket in super::place::candidates().flatten() {
-            let other = Config { socket: Some(socket), ..config.clone() };
+            let mut other = config.clone();
+            other.socket = Some(socket);
             if let Ok(member) = Member::join_one(&other, claim) {
                 return Ok(member);
             }

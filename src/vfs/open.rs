@@ -8,7 +8,7 @@ use super::methods::guarded;
 use super::wal::WalWrites;
 use super::wal_file::WalFile;
 use super::wrapped::{Kind, Wrapped, descriptor};
-use crate::client::config::{Config, FOR_ONE_DATABASE};
+use crate::client::config::{Config, Source};
 use crate::client::fork::PerProcess;
 use crate::lock::FileLevel;
 use crate::planted::planted;
@@ -189,14 +189,12 @@ pub unsafe fn service_for(
     file: File,
 ) -> Result<(Config, Service), join::Refusal> {
     let uri = |key: &str| {
-        if !FOR_ONE_DATABASE.contains(&key) {
-            return None;
-        }
         let key = std::ffi::CString::new(key.to_ascii_lowercase()).ok()?;
         // SAFETY: `name` is such a name, by contract.
         unsafe { library.uri(name, &key) }
     };
-    let config = Config::from_environment().and_then(|c| c.amend(uri)).map_err(join::Refusal::setting)?;
+    let config =
+        Config::from_environment().and_then(|c| c.amend(Source::Uri, uri)).map_err(join::Refusal::setting)?;
     for (key, why) in [(c"immutable", "immutable=1"), (c"nolock", "nolock=1")] {
         // SAFETY: `name` is such a name, by contract.
         if unsafe { (library.api.uri_boolean)(name, key.as_ptr(), 0) } != 0 {

@@ -448,7 +448,7 @@ def test_malformed_parameters_of_a_uri_are_named():
             main.close()
         """
         cases = ["turnstile_wait=abc", "turnstile_wait=", "turnstile_mode=x", "turnstile_fallback=perhaps",
-                 "turnstile_socket="]
+                 "turnstile_durable_reads=no"]
         said = host(body, db, other, *cases, env=broker.env)
         for case in cases:
             attached, log, direct, direct_log = said[case]
@@ -469,15 +469,15 @@ def test_parameters_of_a_uri_count():
     with Broker() as broker:
         db = create(broker.path("app.db"))
         said = host("""
-            db = load(opened(f"file:{PATH}?turnstile_wait=700ms&turnstile_socket={MORE[0]}", uri=True))
+            db = load(opened(f"file:{PATH}?turnstile_wait=700ms", uri=True))
             insert(db, 1)
             say(adopted=status(db))
             db.close()
-            db = opened(f"file:{PATH}?turnstile_wait=2m&turnstile_mode=guest&turnstile_socket={MORE[0]}", uri=True)
+            db = opened(f"file:{PATH}?turnstile_wait=2m&turnstile_mode=guest", uri=True)
             insert(db, 2)
             say(opened=status(db))
             db.close()
-        """, db, broker.socket, env=environment(TURNSTILE_SOCKET="/nowhere", TURNSTILE_WAIT="5s"))
+        """, db, env=environment(TURNSTILE_SOCKET=broker.socket, TURNSTILE_WAIT="5s"))
         assert (said["adopted"]["wait_ms"], said["adopted"]["mode"]) == (700, "gated"), said
         assert (said["opened"]["wait_ms"], said["opened"]["mode"]) == (120_000, "guest"), said
         check_count(db, 2)

@@ -3,13 +3,14 @@
 import array
 import fcntl
 import os
+import re
 import shutil
 import signal
 import socket
 import sqlite3
 import subprocess
 
-from harness import (PYTHON, Broker, PlainError, PlainShell, Skip, Workers, check_rows, connect, create,
+from harness import (PYTHON, ROOT, Broker, PlainError, PlainShell, Skip, Workers, check_rows, connect, create,
                      fails_without, lib, plain, plain_env, run, run_workers, status_of, timeout, wait_until)
 
 
@@ -232,6 +233,10 @@ def test_a_stopping_broker_waits_for_the_open_transaction():
 
 # --- joining ---------------------------------------------------------------------------------------------------
 
+with open(os.path.join(ROOT, "src", "wire", "message.rs")) as source:
+    PROTOCOL_VERSION = int(re.search(r"PROTOCOL_VERSION: u32 = (\d+);", source.read())[1])
+
+
 class Wire:
     """A client that speaks the protocol by hand (postcard: varints, enum variants by number)."""
 
@@ -239,7 +244,7 @@ class Wire:
         self.s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.s.settimeout(10)
         self.s.connect(broker.socket)
-        self.send(varint(0x74575253) + varint(4))
+        self.send(varint(0x74575253) + varint(PROTOCOL_VERSION))
         self.s.recv(4096)
         memfd = os.memfd_create("liveness", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(memfd, 4096)

@@ -8,17 +8,19 @@ import signal
 import socket
 import sqlite3
 import tempfile
+import time
 
 from harness import (Broker, Workers, bin, check_rows, connect, create, fails_without, is_busy, plain, run, slow, timeout,
                      wait_until, waits)
-from test_gate import JOINED, REFUSED, Wire, varint
+from test_gate import JOINED, PROTOCOL_VERSION, REFUSED, Wire, varint
 
 # The messages by their number, in the order of src/wire/message.rs.
 (INTRODUCE, JOIN, LOCK, CANCEL, UNLOCK, CHECK_RESERVED, JOURNAL_CLEAR, TURN_USED, OPEN_WAL_INDEX, GROW_WAL_INDEX,
  CLOSE_WAL_INDEX, LEAVE, STATUS, LOG) = range(14)
+WAL_FILE, WAL_GREW = 18, 19
 ANSWER_LOCK, ANSWER_WAL_INDEX, ANSWER_LEFT = 3, 5, 6
 MAX_PACKET = 16 * 1024
-HELLO = varint(0x74575253) + varint(3)
+HELLO = varint(0x74575253) + varint(PROTOCOL_VERSION)
 FILE_SHARED = varint(0) + varint(1) + b"\0"  # Request::File { level: Shared, hot_journal: false }
 
 
@@ -267,6 +269,54 @@ def test_a_cancellation_that_has_crossed_its_answer_is_no_offence():
             assert answer, f"the session was ended\n{broker.log()}"
             for fd in fds:
                 os.close(fd)
+
+
+@fails_without("old-news-is-foul")
+def test_what_is_said_of_a_seat_that_was_closed_meanwhile_is_no_offence():
+    """A client says that it has opened the WAL and lets its seat rest, which the broker sees in the segment before it reads
+    that: with descriptors in it, and from another user, it takes a process more to be read. It closed the seat, and ended
+    the session because of a seat that is not its own, at each open of a database that was opened again and again."""
+    with Broker() as broker:
+        db = create(broker.path("app.db"))
+        with Hostile(broker) as client, open(db, "rb") as wal:
+            for fd in client.joined(db):
+                os.close(fd)
+            assert client.ask(varint(LEAVE) + varint(8) + key(client.seat))[0] == ANSWER_LEFT
+            client.send(varint(WAL_FILE) + key(client.seat), [wal.fileno()])
+            client.send(varint(WAL_GREW) + key(client.seat))
+            try:
+                answer = client.ask(varint(STATUS) + varint(9))
+            except ConnectionError:
+                answer = b""
+            assert answer, f"the session was ended\n{broker.log()}"
+
+
+def opens_and_closes(paths):
+    def program():
+        for path in paths:
+            db = connect(path)
+            db.execute("PRAGMA synchronous=NORMAL")
+            db.execute("INSERT INTO rows VALUES('o', 1)")
+            db.close()
+            time.sleep(0.003)
+        return "ok"
+    return program
+
+
+@fails_without("old-news-is-foul", message="session ended")
+def test_a_program_of_another_user_that_opens_and_closes_keeps_its_session():
+    from test_foreign import STRANGER, as_user, root_only
+    root_only()
+    # In memory: a close that takes its time lets the broker read on.
+    with Broker("--everyone", "yes") as broker, tempfile.TemporaryDirectory(dir="/dev/shm") as place:
+        # So many that each has lingered to its end when its turn comes again.
+        dbs = [create(f"{place}/{i}.db") for i in range(16)]
+        for path in (place, *dbs):
+            os.chown(path, STRANGER, STRANGER)
+        os.environ["TURNSTILE_SOCKET"] = broker.socket
+        with as_user(STRANGER, opens_and_closes(dbs * 3)) as said:
+            assert said == "ok"
+        assert "session ended" not in broker.log(), "session ended: " + broker.log()
 
 
 def test_five_hundred_connections_at_once_disturb_nobody():

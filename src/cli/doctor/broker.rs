@@ -53,7 +53,7 @@ pub fn look(settings: &Settings, findings: &mut Findings) -> Option<Broker> {
     };
     let mut absent = String::new();
     for path in &candidates {
-        let session = match Session::open(path) {
+        let session = match Session::open(path, &config.believed) {
             Ok(session) => session,
             Err(e @ ConnectError::Absent(_)) => {
                 absent = e.to_string();
@@ -91,6 +91,9 @@ fn unusable(e: &ConnectError, findings: &mut Findings) {
         ConnectError::Forbidden(..) => {
             "it is another user's: run one for everybody (as root, or with --everyone yes), or name your own in \
              TURNSTILE_SOCKET"
+        }
+        ConnectError::Untrusted(..) => {
+            "programs refuse it: run it as root or as their user, or name its user in TURNSTILE_BROKER_UID"
         }
         ConnectError::Stranger(..) => {
             "extension, program and broker must be of one version: install it everywhere, then `turnstile serve \

@@ -6,12 +6,16 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
 use serde::Serialize;
-use turnstile::client::config::{Begin, Config, FOR_ONE_DATABASE, Fallback};
+use turnstile::client::config::{Begin, Config, Fallback, SETTINGS, Source};
 
 use super::findings::Findings;
 
 /// Variables that are none of the client's settings, and no mistake either.
 const OTHERS: &[&str] = &["TURNSTILE_LIB", "TURNSTILE_LOG", "TURNSTILE_RUN", "TURNSTILE_RUN_REPORT"];
+
+fn is_known(name: &str) -> bool {
+    SETTINGS.iter().map(|(setting, _)| setting).chain(OTHERS).any(|n| *n == name)
+}
 
 #[derive(Debug, Serialize)]
 pub struct Setting {
@@ -28,18 +32,6 @@ pub struct Settings {
     from: BTreeMap<&'static str, &'static str>,
 }
 
-/// What can be set: `Config` has no list of its own.
-const NAMES: &[&str] = &[
-    "TURNSTILE_SOCKET",
-    "TURNSTILE_FALLBACK",
-    "TURNSTILE_WAIT",
-    "TURNSTILE_BEGIN",
-    "TURNSTILE_DURABLE_READS",
-    "TURNSTILE_MODE",
-    "TURNSTILE_ALLOW_UNSAFE",
-    "TURNSTILE_BIN",
-];
-
 impl Settings {
     /// The file that `database` means, and the settings for it. What cannot be understood is a problem: with it no
     /// connection opens.
@@ -47,12 +39,12 @@ impl Settings {
         let mut settings = Settings { config: Config::default(), from: BTreeMap::new() };
         let environment =
             |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
-        for name in NAMES {
-            settings.take(name, environment(name), "environment", findings);
+        for (name, _) in SETTINGS {
+            settings.take(name, environment(name), Source::Environment, findings);
         }
         for (name, _) in std::env::vars_os() {
             let name = name.to_string_lossy();
-            if name.starts_with("TURNSTILE_") && !NAMES.iter().chain(OTHERS).any(|n| *n == name) {
+            if name.starts_with("TURNSTILE_") && !is_known(&name) {
                 findings.warning(
                     "setting-unknown",
                     format!("{name} is set, and means nothing to turnstile"),
@@ -61,22 +53,20 @@ impl Settings {
             }
         }
         let Some((path, parameters)) = uri(database) else { return (PathBuf::from(database), settings) };
-        for name in FOR_ONE_DATABASE {
+        for (name, _) in SETTINGS {
             let value = parameters.get(name.to_ascii_lowercase().as_str()).cloned();
-            settings.take(name, value, "URI", findings);
+            settings.take(name, value, Source::Uri, findings);
         }
         (path, settings)
     }
 
-    fn take(
-        &mut self,
-        name: &'static str,
-        value: Option<String>,
-        from: &'static str,
-        findings: &mut Findings,
-    ) {
+    fn take(&mut self, name: &'static str, value: Option<String>, source: Source, findings: &mut Findings) {
         let Some(value) = value else { return };
-        match self.config.clone().amend(|n| (n == name).then(|| value.clone())) {
+        let from = match source {
+            Source::Environment => "environment",
+            Source::Uri => "URI",
+        };
+        match self.config.clone().amend(source, |n| (n == name).then(|| value.clone())) {
             Ok(config) => {
                 self.config = config;
                 self.from.insert(name, from);
@@ -102,6 +92,10 @@ impl Settings {
         let flag = |set: bool| String::from(if set { "1" } else { "0" });
         let value = |name: &str| match name {
             "TURNSTILE_SOCKET" => path(&c.socket, "the host's, else the user's"),
+            "TURNSTILE_BROKER_UID" => match c.believed.others.as_slice() {
+                [] => "root's and one's own".into(),
+                others => others.iter().map(u32::to_string).collect::<Vec<_>>().join(","),
+            },
             "TURNSTILE_FALLBACK" => match c.fallback {
                 Fallback::Autostart => "autostart".into(),
                 Fallback::Refuse => "refuse".into(),
@@ -118,12 +112,12 @@ impl Settings {
             "TURNSTILE_ALLOW_UNSAFE" => flag(c.allow_unsafe),
             _ => path(&c.program, "beside the extension, else in PATH"),
         };
-        let setting = |name: &&'static str| Setting {
+        let setting = |(name, _): (&'static str, bool)| Setting {
             name,
             value: value(name),
             from: self.from.get(name).copied().unwrap_or("default"),
         };
-        NAMES.iter().map(setting).collect()
+        SETTINGS.into_iter().map(setting).collect()
     }
 }
 
@@ -184,10 +178,5 @@ mod tests {
         assert_eq!(parameters["turnstile_wait"], "2s");
         assert_eq!(parameters["nolock"], "");
         assert!(uri(OsStr::new("app.db")).is_none());
-    }
-
-    #[test]
-    fn every_setting_of_one_database_is_listed() {
-        assert!(FOR_ONE_DATABASE.iter().all(|name| NAMES.contains(name)));
     }
 }
