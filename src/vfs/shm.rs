@@ -83,10 +83,8 @@ enum Mapped {
 fn map_gated(main: &mut MainFile, region: u32, extend: bool) -> Result<Mapped, Lost> {
     let member = main.gated().filter(|m| m.is_whole()).ok_or(Lost)?;
     let shared = member.shared().ok_or(Lost)?;
-    if !main.wal_open {
-        if !member.open_wal_index(|index| main.found_alone(index))? {
-            return Ok(Mapped::Failed);
-        }
+    if !main.wal_open && !member.open_wal_index(|index| main.found_alone(index))? {
+        return Ok(Mapped::Failed);
     }
     if region >= shared.regions() {
         // A read-only client cannot extend; neither can the unix VFS for it.
