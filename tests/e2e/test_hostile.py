@@ -303,7 +303,6 @@ def opens_and_closes(paths):
     return program
 
 
-@fails_without("old-news-is-foul", message="session ended")
 def test_a_program_of_another_user_that_opens_and_closes_keeps_its_session():
     from test_foreign import STRANGER, as_user, root_only
     root_only()
