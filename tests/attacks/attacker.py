@@ -36,14 +36,6 @@ def attack(function):
     return function
 
 
-def call(name, *arguments):
-    """A function of libc's; its error as OSError."""
-    result = getattr(libc, name)(*arguments)
-    if result < 0:
-        raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
-    return result
-
-
 @contextlib.contextmanager
 def regardless():
     """The broker ends sessions, refuses, and does not answer everything."""

@@ -3,12 +3,14 @@
 import ctypes
 import fcntl
 import os
+import re
 import select
 import socket
 import struct
 import time
 
-from attacker import CannotHere, attack, call, libc, regardless, sealed
+from attacker import CannotHere, attack, libc, regardless, sealed
+from harness import ROOT
 from messages import CONTROL_SIZE, WAL_FILE, hand_back
 from test_gate import text, varint
 from test_hostile import LOG, OPEN_WAL_INDEX, STATUS, join, key, with_seat
@@ -16,6 +18,8 @@ from test_hostile import LOG, OPEN_WAL_INDEX, STATUS, join, key, with_seat
 SOL_TCP_LINGER = struct.pack("ii", 1, 3600)
 SHARED_FIRST, SHARED_SIZE, PENDING = 0x40000002, 510, 0x40000000
 F_OFD_SETLK = 37
+with open(os.path.join(ROOT, "src", "segment", "layout.rs")) as source:
+    LAYOUT_VERSION = int(re.search(r"LAYOUT_VERSION: u32 = (\d+);", source.read())[1])
 
 
 def ofd_lock(fd, kind, start, length):
@@ -210,7 +214,7 @@ def a_hand_back_of_huge_pages(a):
     while a.going():
         number += 1
         control = sealed("turnstile-control-x", CONTROL_SIZE)
-        os.pwrite(control, b"trnstile" + (5).to_bytes(4, "little") + bytes(4) + number.to_bytes(8, "little"), 0)
+        os.pwrite(control, b"trnstile" + LAYOUT_VERSION.to_bytes(4, "little") + bytes(4) + number.to_bytes(8, "little"), 0)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with open(path, "r+b") as f:
             with regardless():
@@ -258,8 +262,8 @@ def an_epoll_of_thousands(a):
 
 
 @attack
-def changes_to_lingering_files(a):
-    """Hundreds of databases that linger, and a change of each one's mode in turn, all of which inotify tells."""
+def changes_to_files_at_rest(a):
+    """Eighty databases that have just been closed twice, and a change of each file's mode in turn, again and again."""
     paths = [a.database() for _ in range(80)]
     for path in paths:
         for _ in range(2):

@@ -29,6 +29,7 @@ def member(path):
         try:
             _keep = load()
             db = traced(path)
+            db.execute("PRAGMA synchronous=NORMAL")
             theirs.sendall(b"ready\n")
             for line in theirs.makefile():
                 said = "ok"

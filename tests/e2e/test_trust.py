@@ -31,6 +31,7 @@ while True:
             if not data:
                 break
             print(f"received {len(data)} bytes and {len(fds)} descriptors", flush=True)
+            c.send(b"no broker")
     except OSError:
         pass
     c.close()
