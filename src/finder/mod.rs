@@ -108,7 +108,8 @@ impl Finder {
                 continue;
             }
             let shown = who.headless.then(|| taken::living_thread(pid)).transpose();
-            let place = shown.map(|tid| tid.map_or(format!("/proc/{pid}"), |tid| format!("/proc/{pid}/task/{tid}")));
+            let place =
+                shown.map(|tid| tid.map_or(format!("/proc/{pid}"), |tid| format!("/proc/{pid}/task/{tid}")));
             match place.and_then(|place| self.table_of(pid, uid, &place)) {
                 Ok(table) if table.segments.is_empty() && (!who.headless || table.liveness.is_empty()) => {}
                 // A member, perhaps, whose descriptors cannot be taken by the number of its first thread.
