@@ -138,13 +138,22 @@ def state(pid):
         return "gone"
 
 
+def lives(pid):
+    """Some thread of it does; the first may have ended."""
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return False
+    return any(state(f"{pid}/task/{t}") not in ("Z", "X", "gone") for t in threads)
+
+
 def end_processes_of(uids):
     """All of them: these users are the suite's own, and a process that an attack has left is another attack."""
     def left():
         found = []
         for pid in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):
-                if os.stat(f"/proc/{pid}").st_uid in uids and state(pid) not in ("Z", "X", "gone"):
+                if os.stat(f"/proc/{pid}").st_uid in uids and lives(pid):
                     found.append(int(pid))
         return found
     end = time.monotonic() + 10

@@ -13,6 +13,7 @@ import threading
 
 from harness import (PYTHON, SHELL, Broker, Skip, connect, create, ending, fails_without, lib, plain, plain_env, run,
                      timeout, waits)
+from test_gate import PROTOCOL_VERSION as VERSION
 
 BUSY, CANTOPEN, NOTADB, READONLY, CORRUPT = 5, 14, 26, 8, 11
 NOBODY = 54321  # a uid that has no user
@@ -253,7 +254,7 @@ def test_a_socket_that_others_may_not_connect_to():
 
 # --- strangers -------------------------------------------------------------------------------------------------
 
-MAGIC, VERSION = 0x74575253, 3
+MAGIC = 0x74575253
 
 
 def varint(n):
