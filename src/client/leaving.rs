@@ -7,7 +7,9 @@ use super::member::Member;
 use super::resting;
 use super::session::Had;
 use crate::lock::rest::Rest;
+use crate::lock::table::Table;
 use crate::planted::planted;
+use crate::segment::layout::CHECKPOINTER;
 use crate::wire::message::ToBroker;
 use std::sync::Arc;
 
@@ -15,6 +17,12 @@ impl Member {
     /// The connection is being closed. True: nobody else keeps the WAL open.
     pub fn closes_last(&self) -> bool {
         self.with_seat(|_, seat| seat.table.closes_last(seat.id)).unwrap_or(false)
+    }
+
+    /// Another seat holds SHARED; the checkpointer's counts for nobody.
+    pub fn is_read_by_others(&self) -> bool {
+        let others = |id, table: Table| table.other_readers(id).into_iter().any(|s| s != CHECKPOINTER);
+        self.with_seat(|_, seat| others(seat.id, seat.table)).unwrap_or(false)
     }
 
     /// See [`crate::lock::table::Table::shuts_out_newcomers`].

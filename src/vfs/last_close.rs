@@ -4,6 +4,7 @@
 //! one, syncs its name, and appends to it. For short-lived processes that is most of what they pay. So where a database has
 //! been opened soon after its last close, the next last close copies and syncs as SQLite does, but leaves the WAL's file:
 //! it *ends* the WAL with a mark in the place of its header ([`ended`]), syncs that, and tells SQLite that it is not alone.
+//! The same where several close at once: in plain SQLite none of them gets EXCLUSIVE then, and the WAL stays, full.
 //!
 //! **When the last close returns, the file alone is complete and on the disk, and no WAL that anybody would read lies beside
 //! it.** Nothing is left to do for anybody, so nothing that happens next matters: the broker's death, a file that is
@@ -26,11 +27,14 @@ use crate::segment::wal_index::{FRAME_HEADER, Header, WAL_HEADER, WalIndex};
 use libsqlite3_sys as ffi;
 use std::collections::BTreeMap;
 use std::ffi::c_int;
+use std::time::{Duration, Instant};
 
 /// A last close that has more frames to copy is SQLite's.
 const MOST_FRAMES: u32 = 4096;
 /// A WAL whose file is longer, in bytes, is removed by SQLite's last close.
 const MOST_LEFT: u64 = 1 << 20;
+/// How long others that close at the same time may take, and the broker's checkpointer to stop.
+const OTHERS_CLOSE: Duration = Duration::from_secs(2);
 /// Every lock of the wal-index.
 const ALL_SLOTS: u8 = u8::MAX;
 
@@ -76,17 +80,37 @@ impl MainFile {
     /// if it is told that others are there. False: SQLite's last close goes its way.
     pub(super) fn ends_wal(&mut self, real: RealFile) -> bool {
         let Some(member) = self.gated() else { return false };
-        let words = member.shared().filter(|s| s.may_rest()).and_then(|s| s.checkpoint());
-        let comes_back = words.is_some_and(|w| w.comes_back.load(SeqCst) != 0);
-        if !comes_back || !member.closes_last() || !member.shuts_out_newcomers() {
+        let words = member.shared().filter(|_| member.is_whole()).and_then(|s| s.checkpoint());
+        let Some(words) = words else { return false };
+        let comes_back = words.comes_back.load(SeqCst) != 0;
+        // Of several that close at once none has the file for itself, which SQLite's last close wants.
+        let last = member.closes_last();
+        let alone = !member.is_read_by_others() || planted("each-close-leaves-it-to-others");
+        if !last || (alone && !comes_back) {
             return false;
+        }
+        let begun = Instant::now();
+        while !member.shuts_out_newcomers() {
+            // Another one that closes, which gives PENDING back or is just ending the WAL.
+            let goes_on = begun.elapsed() < OTHERS_CLOSE && member.closes_last();
+            if !goes_on || planted("each-close-leaves-it-to-others") {
+                return false;
+            }
+            std::thread::sleep(Duration::from_micros(100));
         }
         // Until `xUnlock(NONE)`.
         self.level = FileLevel::Pending;
-        // A reader of an older snapshot needs the pages as they are; nobody may begin another one.
-        let fenced = self.gated().is_some_and(|m| m.fence(ALL_SLOTS));
+        // A reader of an older snapshot needs the pages as they are; nobody may begin another one. The broker's checkpointer
+        // sees PENDING and stops; if nobody else is in its way, SQLite's EXCLUSIVE waits for it.
+        let end = Instant::now() + if alone { Duration::ZERO } else { OTHERS_CLOSE };
+        let fence = || self.gated().is_some_and(|m| m.fence(ALL_SLOTS));
+        let mut fenced = fence();
+        while !fenced && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(1));
+            fenced = fence();
+        }
         let ended = match fenced {
-            true => self.copy_and_end(real),
+            true => self.copy_and_end(real, alone),
             false => Err(Left { sync_failed: false }),
         };
         if let Some(member) = self.gated().filter(|_| fenced) {
@@ -107,7 +131,7 @@ impl MainFile {
 
     /// Under all locks of the index: copies what is not in the database yet, as a checkpoint of SQLite's does it (wal.c
     /// `walCheckpoint`), and ends the WAL.
-    fn copy_and_end(&self, real: RealFile) -> Result<(), Left> {
+    fn copy_and_end(&self, real: RealFile, alone: bool) -> Result<(), Left> {
         let left = || Left { sync_failed: false };
         let (member, wal) = self.gated().zip(self.wal_file).ok_or_else(left)?;
         let words = member.shared().and_then(|s| s.checkpoint()).ok_or_else(left)?;
@@ -115,14 +139,17 @@ impl MainFile {
         let header = index.valid_header().ok_or_else(left)?;
         let (_, backfilled) = index.progress();
         let from = backfilled.min(header.frames());
-        if header.frames() - from > MOST_FRAMES || wal.length().is_none_or(|length| length > MOST_LEFT) {
+        let large =
+            header.frames() - from > MOST_FRAMES || wal.length().is_none_or(|length| length > MOST_LEFT);
+        if large && alone {
             return Err(left());
         }
         if header.frames() == 0 {
             match wal.length() {
                 // Nobody has written.
                 _ if bears_mark(wal, words) => return Ok(()),
-                Some(0) => return Err(left()),
+                Some(0) if alone => return Err(left()),
+                Some(0) => return Ok(()),
                 _ => {}
             }
         }

@@ -146,6 +146,23 @@ def test_a_copy_after_the_last_close_is_complete():
         check_rows(db, broker.record)
 
 
+@fails_without("each-close-leaves-it-to-others", attempts=3)
+def test_of_several_that_close_at_once_one_copies():
+    """In plain SQLite none of them may get EXCLUSIVE, and the WAL stays as it is."""
+    with Broker("--reuse-wal", "0s") as broker:
+        db, copy = made(broker), broker.path("copy.db")
+        with Short(6, db, broker) as short:
+            for n in range(200):
+                short.each()
+                assert is_read_by_nobody(db), n
+                shutil.copyfile(db, copy)
+                c = sqlite3.connect(f"file:{copy}?immutable=1", uri=True)
+                [rows] = c.execute("SELECT count(*) FROM rows").fetchone()
+                c.close()
+                assert rows == 6 * (n + 1), f"round {n}: {rows} rows of {6 * (n + 1)}"
+        check_rows(db, broker.record)
+
+
 @slow
 def test_a_thousand_copies_under_a_stream_of_short_lived_writers():
     with Broker() as broker:
@@ -290,6 +307,9 @@ def close_and(broker, db, what, rounds=None):
         for n in range(rounds or ROUNDS):
             for names, rows in ((["s0"], "1"), (short.names, "20"), ([f"s{n % 3}"], ("1", "30 normal", "3")[n % 3])):
                 program = what(n)
+                # So that it is one that is opened again and again, be it a new file.
+                for _ in range(n % 3):
+                    short.each("1", ["s1"])
                 short.each(rows, names)
                 yield n, program
 

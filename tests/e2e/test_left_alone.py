@@ -72,7 +72,7 @@ def test_who_died_after_broker_and_keeper_is_cleared():
             c.close()
 
 
-STRANGER = """
+HEADLESS_STRANGER = """
 import ctypes, threading, time
 threading.Thread(target=time.sleep, args=(60,)).start()
 print("done", flush=True)
@@ -82,7 +82,7 @@ ctypes.CDLL(None).syscall(60, 0)  # exit(2): this thread alone
 
 def test_a_headless_process_that_is_no_member_keeps_no_dead_seats():
     """Any user can have one; it must not make the search look as if somebody could not be seen."""
-    stranger = subprocess.Popen([PYTHON, "-c", STRANGER], text=True, stdout=subprocess.PIPE)
+    stranger = subprocess.Popen([PYTHON, "-c", HEADLESS_STRANGER], text=True, stdout=subprocess.PIPE)
     try:
         assert stranger.stdout.readline() == "done\n"
         test_who_died_after_broker_and_keeper_is_cleared.body()
