@@ -104,9 +104,7 @@ fn keeper_of(broker: &Path) -> io::Result<Option<(OwnedFd, Greeting)>> {
     match receive(&socket, Instant::now() + PATIENCE).and_then(|p| p.decode::<Greeting>()) {
         Ok(greeting) if greeting.magic == KEEPER_MAGIC => Ok(Some((socket, greeting))),
         // It ended as we knocked: nothing was left.
-        Err(e) if matches!(e.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset) => {
-            Ok(None)
-        }
+        Err(e) if has_ended(&e) => Ok(None),
         Err(e) => Err(e),
         Ok(_) => Err(io::Error::other(format!("{}: not a keeper", path.display()))),
     }
@@ -124,35 +122,44 @@ fn same_version(greeting: Greeting) -> Result<(), TakeoverError> {
 /// Asks the keeper for everything. `None`: there is none, so nothing was left.
 pub fn take_back(broker: &Path) -> Result<Option<Left>, super::ServeError> {
     let end = Instant::now() + PATIENCE;
-    let (keeper, pid) = loop {
+    loop {
         let Some((keeper, greeting)) = keeper_of(broker)? else { return Ok(None) };
         same_version(greeting)?;
-        if !greeting.occupied {
-            break (keeper, greeting.pid);
-        }
         // Nobody else has the lock of this socket: its broker is on its way out.
-        if Instant::now() >= end {
+        if greeting.occupied && Instant::now() >= end {
             return Err(TakeoverError::Occupied.into());
         }
+        if !greeting.occupied {
+            match all_of(keeper, greeting.pid) {
+                // It has ended, or could not send all of it. That it says nothing does not mean that nothing was left.
+                Err(e) if has_ended(&e) && Instant::now() < end => {}
+                left => return Ok(Some(left?)),
+            }
+        }
         std::thread::sleep(Duration::from_millis(2));
-    };
+    }
+}
+
+fn has_ended(e: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    matches!(e.kind(), UnexpectedEof | ConnectionReset | BrokenPipe)
+}
+
+fn all_of(keeper: OwnedFd, pid: i32) -> io::Result<Left> {
     socket::send_within(&keeper, &socket::encode(&ToKeeper::GiveBack)?, &[], PATIENCE)?;
     let (mut kept, mut listener) = (Vec::new(), None);
     loop {
-        let packet = match receive(&keeper, Instant::now() + PATIENCE) {
-            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof && kept.is_empty() => return Ok(None),
-            other => other?,
-        };
+        let packet = receive(&keeper, Instant::now() + PATIENCE)?;
         if packet.fds_lost {
-            return Err(io::Error::other("too many open files for what the last broker left").into());
+            return Err(io::Error::other("too many open files for what the last broker left"));
         }
         match packet.decode()? {
             FromKeeper::Kept(Kept::Listener(place)) => {
                 listener = packet.fds.into_iter().next().map(|fd| (place, fd));
             }
             FromKeeper::Kept(one) => kept.push((one, packet.fds)),
-            FromKeeper::All => return Ok(Some(Left { keeper, pid, kept, listener })),
-            FromKeeper::Done(_) => {} // not asked for yet
+            FromKeeper::All => return Ok(Left { keeper, pid, kept, listener }),
+            FromKeeper::Done(_) | FromKeeper::Lost => {} // not asked, nor told anything yet
         }
     }
 }

@@ -1,9 +1,11 @@
 //! One database: its identity, its mode, its seats, its locks, its segment.
 
+use super::adopting::NOBODY;
 use super::checkpoints::Checkpoints;
 use super::parking::Own;
 use super::waits::Watch;
 use crate::lock::SeatId;
+use crate::lock::occupied::{Fate, Holder, Occupied};
 use crate::lock::queue::{Lane, Queue};
 use crate::lock::table::Table;
 use crate::lock::turn::Turn;
@@ -220,6 +222,19 @@ impl Database {
     /// The seat's connection is closed, its process keeps it for the next one.
     pub fn rests(&self, seat: SeatId) -> bool {
         self.table().rests(seat) && self.seats.get(&seat).is_some_and(|s| s.role == Role::ReadWrite)
+    }
+
+    /// Who is in. A seat of a session that is proven dead is taken back at once, so whoever has one is not; and as a broker
+    /// takes all of the segment's members over, no seat is unknown to it but by its holder.
+    pub fn occupied(&self) -> Occupied {
+        let holder = |seat| match self.seats.get(&seat) {
+            Some(seat) => Holder {
+                fate: if seat.session == NOBODY { Fate::Unknown } else { Fate::Lives },
+                writes: seat.role == Role::ReadWrite,
+            },
+            None => Holder::UNKNOWN,
+        };
+        self.table().occupied(self.seats.keys().copied(), holder)
     }
 
     /// If no seat is in use, closes those that rest. One that is taken in use again meanwhile stays.

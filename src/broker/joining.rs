@@ -1,10 +1,11 @@
 //! From a judged descriptor to a seat: the gate, or guest mode when plain clients hold the file.
 
-use super::database::{Seat, Segment, State};
+use super::database::{Database, Seat, Segment, State};
 use super::forming::{Forming, Pending};
 use super::join::{self, Refused};
 use super::limits::{MOST_JOINS, READERS, READERS_OF_A_USER, too_many};
 use super::server::Server;
+use crate::lock::occupied::Occupied;
 use crate::planted::planted;
 use crate::segment::atomic::SeqCst;
 use crate::wire::message::{FromBroker, Join, Joined, Mode, Refusal, Role, SeatKey};
@@ -224,12 +225,15 @@ impl Server {
 
     /// Nobody is left, or only seats that rest: closed means closed.
     pub(super) fn drop_if_unused(&mut self, number: u32) {
+        let Some(occupied) = self.databases.get(&number).map(Database::occupied) else { return };
+        match occupied {
+            Occupied::BySomebody => return,
+            Occupied::ByStrangers => return self.abandon(number),
+            Occupied::ByNobody => {}
+        }
         let resting = self.databases.get(&number).filter(|_| !planted("the-resting-count"));
         for seat in resting.map(|db| db.close_all_resting()).unwrap_or_default() {
             self.clear_seat(SeatKey { database: number, seat });
-        }
-        if self.abandon_if_unclaimed(number) {
-            return;
         }
         // The checkpointer may be at work: this comes again when it is done.
         if !self.databases.get(&number).is_some_and(|d| d.seats.is_empty() && !d.checkpoints.is_busy()) {

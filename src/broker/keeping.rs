@@ -17,7 +17,7 @@ use nix::poll::PollFlags;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt::SndBuf};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -44,6 +44,37 @@ pub struct Keeping {
     told: u64,
     /// How many answers it has been asked for.
     asked: u64,
+    /// Something could not be sent to it, or not received by it.
+    behind: Behind,
+}
+
+/// What the keeper has not been told, it will not know: it is told everything again, later and later as long as that is in
+/// vain.
+#[derive(Debug, Default)]
+struct Behind {
+    since: Option<Instant>,
+    /// How often it has been told in vain.
+    vain: u32,
+}
+
+impl Behind {
+    const MOST_VAIN: u32 = 5;
+
+    fn falls_behind(&mut self) {
+        if self.since.is_none() {
+            self.since = Some(Instant::now());
+            self.vain = (self.vain + 1).min(Behind::MOST_VAIN);
+        }
+    }
+
+    fn is(&self) -> bool {
+        self.since.is_some() && !planted("told-once")
+    }
+
+    fn is_due(&self, now: Instant) -> bool {
+        let pause = Duration::from_millis(500) * 2u32.pow(self.vain);
+        self.is() && self.since.is_some_and(|since| now.saturating_duration_since(since) >= pause)
+    }
 }
 
 /// Where the next broker will knock.
@@ -64,21 +95,26 @@ impl Keeping {
         Keeping { socket: Some(socket), pid, ..Keeping::default() }
     }
 
-    fn tell(&mut self, message: &ToKeeper, fds: &[&OwnedFd]) {
-        let Some(socket) = &self.socket else { return };
-        let sent = socket::encode(message).and_then(|bytes| self.outbox.send(socket, bytes, fds, usize::MAX));
-        if let Err(e) = sent {
-            // Its end is seen at its socket.
-            tracing::debug!("cannot talk to the keeper: {e}");
-        }
+    /// An error: it will not hear of it. (Its end is seen at its socket.)
+    fn tell(&mut self, message: &ToKeeper, fds: &[&OwnedFd]) -> io::Result<()> {
+        let Some(socket) = &self.socket else { return Ok(()) };
+        let bytes = socket::encode(message)?;
+        self.outbox.send(socket, bytes, fds, usize::MAX)
     }
 
     fn keep(&mut self, kept: Kept, fds: &[&OwnedFd]) {
         self.told += 1;
         let left_out = planted("keeper-told-nothing") || planted("keeper-falls-behind") && self.told > 7;
-        if !left_out {
-            self.tell(&ToKeeper::Keep(kept), fds);
+        if !left_out && let Err(e) = self.tell(&ToKeeper::Keep(kept), fds) {
+            self.falls_behind(&e.to_string());
         }
+    }
+
+    fn falls_behind(&mut self, why: &str) {
+        if !self.behind.is() {
+            tracing::warn!("the keeper is to be told everything again: {why}");
+        }
+        self.behind.falls_behind();
     }
 
     /// There may be more to send than the keeper has room for.
@@ -99,6 +135,8 @@ impl Keeping {
                 Ok(false) if Instant::now() < end => {
                     let _ = socket::wait(socket, PollFlags::POLLOUT, Duration::from_millis(20));
                 }
+                // Too many descriptors under way, say.
+                Err(_) if Instant::now() < end => std::thread::sleep(Duration::from_millis(5)),
                 _ => return false,
             }
         }
@@ -118,7 +156,7 @@ impl Keeping {
             who: session.who.clone(),
         };
         self.keep(Kept::Session(kept), &[pidfd, liveness]);
-        session.kept = true;
+        session.kept = true; // in vain, all is told again
     }
 
     pub fn session_gone(&mut self, session: &Session) {
@@ -174,8 +212,8 @@ impl Keeping {
     /// Asks it to say when it has done all that it was told. The number of its answer; `None`: there is no keeper.
     pub fn ask(&mut self) -> Option<u64> {
         self.asked += 1;
-        self.tell(&ToKeeper::Ask(self.asked), &[]);
-        self.socket.as_ref().map(|_| self.asked)
+        let asked = self.tell(&ToKeeper::Ask(self.asked), &[]);
+        self.socket.as_ref().filter(|_| asked.is_ok()).map(|_| self.asked)
     }
 
     pub fn database_gone(&mut self, number: u32) {
@@ -213,7 +251,9 @@ impl Keeping {
 
     /// The broker's socket is the service manager's.
     pub fn leave_socket(&mut self) {
-        self.tell(&ToKeeper::LeaveSocket, &[]);
+        if let Err(e) = self.tell(&ToKeeper::LeaveSocket, &[]) {
+            self.falls_behind(&e.to_string());
+        }
     }
 
     fn start(&mut self, program: &Path, broker: &Path, epoll: &Epoll) -> io::Result<()> {
@@ -225,13 +265,18 @@ impl Keeping {
         // It outlives us: whoever waits for the end of our output must not wait for its.
         let mut command = Command::new(program);
         command.arg("keeper").stdin(theirs).stdout(Stdio::null()).stderr(Stdio::null()).current_dir("/");
-        let child = command.spawn()?;
+        let mut child = command.spawn()?;
+        let listen = ToKeeper::Listen { broker: std::path::absolute(broker)? };
+        // It ends by itself when its broker's end is closed. Nobody could knock at one that has no listener.
+        socket::send(&ours, &socket::encode(&listen)?, &[listener.as_raw_fd()]).inspect_err(|_| {
+            let _ = child.kill();
+            let _ = child.wait();
+        })?;
         epoll.add(&ours, EpollEvent::new(EpollFlags::EPOLLIN, KEEPER_SOCKET))?;
         tracing::info!(pid = child.id(), "keeper started");
         self.pid = child.id() as i32;
         (self.socket, self.child, self.outbox) = (Some(ours), Some(child), Outbox::default());
-        let broker = std::path::absolute(broker)?;
-        self.tell(&ToKeeper::Listen { broker }, &[&listener]);
+        self.behind = Behind::default();
         Ok(())
     }
 
@@ -258,17 +303,26 @@ impl Server {
             return;
         }
         self.keeping.failed = false;
+        self.tell_keeper();
+    }
+
+    /// Everything. What it knows already it replaces; what fails on the way makes it fall behind.
+    fn tell_keeper(&mut self) {
         if self.listener.is_given() {
             self.keeping.leave_socket();
         }
-        for session in self.sessions.values_mut() {
-            session.kept = false;
-            if !session.seats.is_empty() {
-                self.keeping.session(session);
+        self.sessions.values_mut().for_each(|session| session.kept = false);
+        for session in self.sessions.values_mut().filter(|s| !s.seats.is_empty()) {
+            self.keeping.session(session);
+            if self.keeping.behind.is() {
+                return;
             }
         }
         for (number, db) in &self.databases {
             self.keeping.database(*number, db);
+            if self.keeping.behind.is() {
+                return;
+            }
         }
     }
 
@@ -277,13 +331,27 @@ impl Server {
         if self.keeping.failed && !planted("keeper-not-tried-again") {
             self.start_keeper();
         }
+        self.tell_keeper_again(Instant::now(), false);
+    }
+
+    /// If it has fallen behind and it is time, or must be `at_once`.
+    pub(super) fn tell_keeper_again(&mut self, now: Instant, at_once: bool) {
+        let behind = &mut self.keeping.behind;
+        if behind.is_due(now) || at_once && behind.is() {
+            behind.since = None;
+            self.tell_keeper();
+        } else if !behind.is() {
+            behind.vain = behind.vain.saturating_sub(1);
+        }
     }
 
     /// An answer, room to write, or its end.
     pub(super) fn keeper_event(&mut self, flags: EpollFlags) {
         while let Some(Ok(packet)) = self.keeping.socket.as_ref().map(socket::receive) {
-            if let Ok(FromKeeper::Done(number)) = packet.decode() {
-                self.keeper_answers(Some(number));
+            match packet.decode() {
+                Ok(FromKeeper::Done(number)) => self.keeper_answers(Some(number)),
+                Ok(FromKeeper::Lost) => self.keeping.falls_behind("it is out of descriptors"),
+                _ => {}
             }
         }
         if flags.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR | EpollFlags::EPOLLRDHUP) {
@@ -291,8 +359,10 @@ impl Server {
         }
         if flags.contains(EpollFlags::EPOLLOUT)
             && let Some(socket) = &self.keeping.socket
+            && let Err(e) = self.keeping.outbox.flush(socket)
         {
-            let _ = self.keeping.outbox.flush(socket);
+            self.keeping.outbox.lose_first();
+            self.keeping.falls_behind(&e.to_string());
         }
     }
 

@@ -46,6 +46,11 @@ impl Outbox {
         Ok(())
     }
 
+    /// The first message that was kept cannot be sent: it is lost.
+    pub fn lose_first(&mut self) {
+        self.0.pop_front();
+    }
+
     /// Sends what was kept; true when nothing is left.
     pub fn flush(&mut self, socket: &OwnedFd) -> io::Result<bool> {
         while let Some((bytes, fds)) = self.0.front() {

@@ -211,18 +211,14 @@ impl Server {
 
     /// Of those that are left nobody has come back yet, and nobody can be proven dead: their gate is theirs. It stands
     /// as long as one of them lives, and opens by itself if none does.
-    pub(super) fn abandon_if_unclaimed(&mut self, number: u32) -> bool {
-        let Some(db) = self.databases.get(&number) else { return true };
-        if db.seats.is_empty() || db.seats.values().any(|s| s.session != NOBODY) {
-            return false;
-        }
-        if self.searching.looks_for(number) {
-            return false;
-        }
+    pub(super) fn abandon(&mut self, number: u32) {
+        let Some(db) = self.databases.get(&number).filter(|_| !self.searching.looks_for(number)) else {
+            return;
+        };
         // Who has just handed it back says next which seats are its own.
         if self.sessions.values().any(|s| s.proven.contains(&number)) && !planted("abandoned-before-claimed")
         {
-            return false;
+            return;
         }
         tracing::warn!(
             database = number,
@@ -232,13 +228,14 @@ impl Server {
         self.end_checkpoints(number);
         self.databases.remove(&number);
         self.keeping.database_gone(number);
-        true
+        self.departs(number, None, false);
     }
 
     /// SIGUSR2: the next broker goes on with what the keeper has.
     pub(super) fn hand_over(&mut self) {
         tracing::info!("handing over");
         self.start_keeper();
+        self.tell_keeper_again(Instant::now(), true);
         self.keeping.listener(&self.listener);
         if !self.databases.is_empty() && !self.keeping.flush_within(std::time::Duration::from_secs(2)) {
             tracing::error!(

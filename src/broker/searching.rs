@@ -185,7 +185,7 @@ impl Server {
         if let Some(findings) = self.searching.end(&self.epoll) {
             self.take_found(findings);
             for number in mem::take(&mut self.searching.unclaimed) {
-                self.abandon_if_unclaimed(number);
+                self.drop_if_unused(number);
             }
         }
     }

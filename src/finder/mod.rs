@@ -19,6 +19,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::process::ExitCode;
 use std::time::Duration;
+use turnstile::planted::planted;
 use turnstile::segment::names::{Name, Part, is_liveness};
 use turnstile::wire::finder::{Found, Search};
 use turnstile::wire::socket;
@@ -55,13 +56,38 @@ fn find(broker: OwnedFd) -> io::Result<()> {
     socket::wait(&broker, PollFlags::POLLIN, PATIENCE)?;
     let search: Search = socket::receive(&broker)?.decode()?;
     let namespace = fs::read_link("/proc/self/ns/pid")?;
-    let complete = namespace.to_str() == Some(FIRST_PID_NAMESPACE) && search.passed_over.is_empty();
+    let first = namespace.to_str() == Some(FIRST_PID_NAMESPACE);
+    let complete = first && search.passed_over.is_empty() && everybody_is_shown()?;
     let own = nix::unistd::geteuid().as_raw();
     let segments = search.known.iter().copied().collect();
     let mut finder = Finder { broker, search, segments, spent: BTreeMap::new(), own, complete };
     finder.look_everywhere()?;
     let complete = finder.complete;
     finder.say(&Found::All { complete }, &[])
+}
+
+/// `/proc` shows the processes of all users: it is mounted without `hidepid` (proc(5)), or this one may trace all.
+fn everybody_is_shown() -> io::Result<bool> {
+    let mounts = fs::read("/proc/self/mountinfo")?;
+    let status = fs::read("/proc/self/status")?;
+    let (mounts, status) = (String::from_utf8_lossy(&mounts), String::from_utf8_lossy(&status));
+    Ok(!hides_processes(&mounts) || traces_all(&status) || planted("hidden-is-dead"))
+}
+
+/// The last one that is mounted there is the one that is seen.
+fn hides_processes(mountinfo: &str) -> bool {
+    let at = |line: &&str| line.split(' ').nth(4) == Some("/proc");
+    let options = mountinfo.lines().rfind(at).and_then(|line| line.rsplit(' ').next()).unwrap_or_default();
+    let hides = |option: &str| option.strip_prefix("hidepid=").is_some_and(|how| !matches!(how, "0" | "off"));
+    options.split(',').any(hides)
+}
+
+fn traces_all(status: &str) -> bool {
+    /// linux/capability.h
+    const CAP_SYS_PTRACE: u32 = 19;
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let effective = effective.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok());
+    effective.is_some_and(|bits| bits & 1 << CAP_SYS_PTRACE != 0)
 }
 
 /// What a process's table of descriptors says that it has.
@@ -111,7 +137,8 @@ impl Finder {
             let place =
                 shown.map(|tid| tid.map_or(format!("/proc/{pid}"), |tid| format!("/proc/{pid}/task/{tid}")));
             match place.and_then(|place| self.table_of(pid, uid, &place)) {
-                Ok(table) if table.segments.is_empty() && (!who.headless || table.liveness.is_empty()) => {}
+                // It lives by its liveness memfd, whatever its host has closed.
+                Ok(table) if table.segments.is_empty() && table.liveness.is_empty() => {}
                 // A member, perhaps, whose descriptors cannot be taken by the number of its first thread.
                 Ok(_) if who.headless => self.complete = false,
                 Ok(table) => self.take_from(pid, uid, who.program, &table)?,
@@ -222,5 +249,27 @@ impl Finder {
             Taken::Strange => self.say(&Found::Strange { uid }, &[]),
             _ => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hidden_processes_are_not_taken_for_ended_ones() {
+        let root = "1 0 254:0 / / rw - ext4 /dev/vda rw\n";
+        let proc = |options: &str| format!("{root}20 1 0:5 / /proc rw,nosuid - proc proc {options}\n");
+        for (options, hides) in [
+            ("rw", false),
+            ("rw,hidepid=off", false),
+            ("rw,hidepid=0", false),
+            ("rw,gid=4,hidepid=invisible", true),
+        ] {
+            assert_eq!(hides_processes(&proc(options)), hides, "{options}");
+        }
+        assert!(hides_processes(&(proc("rw") + &proc("rw,hidepid=2"))));
+        assert!(traces_all("Name:\tx\nCapEff:\t000001ffffffffff\n"));
+        assert!(!traces_all("CapEff:\t0000000000000000\n") && !traces_all("CapEff:\t000001fffff7ffff\n"));
     }
 }

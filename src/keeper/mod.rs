@@ -9,6 +9,7 @@
 mod store;
 
 use self::store::Store;
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigHandler, Signal, signal};
@@ -20,12 +21,15 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
+use turnstile::planted::planted;
 use turnstile::segment::layout::LAYOUT_VERSION;
 use turnstile::wire::keeper::{FromKeeper, Greeting, KEEPER_MAGIC, KEEPER_VERSION, Kept, ToKeeper};
 use turnstile::wire::socket;
 
 /// Without a broker: how often it is looked for members that called exec or closed everything, which no pidfd tells.
 const LOOK: u16 = 250;
+/// And while the last broker is about to end.
+const LOOK_SOON: u16 = 5;
 /// How long the next broker may take to read what it is given.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -39,6 +43,8 @@ struct Keeper {
     /// Who has knocked and said nothing yet.
     visitors: Vec<OwnedFd>,
     store: Store,
+    /// Closed where there is no room for a descriptor that must be had: the next broker's, when it knocks.
+    spare: Option<OwnedFd>,
 }
 
 pub fn run() -> ExitCode {
@@ -59,6 +65,7 @@ pub fn run() -> ExitCode {
         leave_socket: false,
         visitors: Vec::new(),
         store: Store::default(),
+        spare: None,
     };
     while keeper.round() {}
     keeper.unlink();
@@ -68,13 +75,18 @@ pub fn run() -> ExitCode {
 impl Keeper {
     /// Waits for whatever comes, and does it. False: nothing is left to do.
     fn round(&mut self) -> bool {
+        if self.spare.is_none() {
+            self.spare = io::stdin().as_fd().try_clone_to_owned().ok();
+        }
+        let mut timeout = PollTimeout::NONE;
         if self.broker.is_none() {
-            self.store.drop_what_is_nobodys();
+            let soon = self.store.drop_what_is_nobodys(&mut self.spare);
+            timeout = PollTimeout::from(if soon { LOOK_SOON } else { LOOK });
             if self.store.is_empty() && self.visitors.is_empty() {
                 return false;
             }
         }
-        self.wait();
+        self.wait(timeout);
         self.hear_broker();
         self.accept();
         for visitor in std::mem::take(&mut self.visitors) {
@@ -83,30 +95,32 @@ impl Keeper {
         true
     }
 
-    fn wait(&self) {
+    fn wait(&self, timeout: PollTimeout) {
         let own = self.broker.iter().chain(self.listener.as_ref().map(|l| &l.0)).chain(&self.visitors);
         let mut watched: Vec<&OwnedFd> = own.collect();
         // The broker sees to the members, if there is one.
-        let timeout = match self.broker {
-            Some(_) => PollTimeout::NONE,
-            None => {
-                watched.extend(self.store.watched());
-                PollTimeout::from(LOOK)
-            }
-        };
+        if self.broker.is_none() {
+            watched.extend(self.store.watched());
+        }
         let mut fds: Vec<PollFd> =
             watched.iter().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)).collect();
         let _ = poll(&mut fds, timeout);
     }
 
     fn hear_broker(&mut self) {
+        let mut lost = false;
         while let Some(broker) = &self.broker {
             let packet = match socket::receive(broker) {
                 Ok(packet) => packet,
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
                 // It has ended, however.
                 Err(_) => return self.broker = None,
             };
+            // Half of what belongs together is worse than nothing: it is told again.
+            if packet.fds_lost {
+                lost = true;
+                continue;
+            }
             match packet.decode() {
                 Ok(ToKeeper::Listen { broker }) => {
                     self.listener = packet.fds.into_iter().next().map(|fd| (fd, broker));
@@ -121,13 +135,25 @@ impl Keeper {
                 Ok(ToKeeper::GiveBack) | Err(_) => {}
             }
         }
+        if let Some(broker) = self.broker.as_ref().filter(|_| lost && !planted("lost-in-silence")) {
+            let said = socket::encode(&FromKeeper::Lost).map(|bytes| socket::send(broker, &bytes, &[]));
+            drop(said);
+        }
+    }
+
+    fn next_visitor(&mut self) -> Option<OwnedFd> {
+        let (listener, _) = self.listener.as_ref()?;
+        let accept = || accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK);
+        let fd = match accept() {
+            Err(Errno::EMFILE) if self.spare.take().is_some() => accept(),
+            accepted => accepted,
+        };
+        // SAFETY: accept4 has just made this descriptor; it is ours.
+        fd.ok().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
     fn accept(&mut self) {
-        let Some((listener, _)) = &self.listener else { return };
-        while let Ok(fd) = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK) {
-            // SAFETY: accept4 has just made this descriptor; it is ours.
-            let visitor = unsafe { OwnedFd::from_raw_fd(fd) };
+        while let Some(visitor) = self.next_visitor() {
             let uid = getsockopt(&visitor, PeerCredentials).map(|c| c.uid());
             let own = nix::unistd::geteuid().as_raw();
             if !uid.is_ok_and(|uid| uid == own || uid == 0) {
@@ -136,11 +162,7 @@ impl Keeper {
             let greeting = Greeting {
                 magic: KEEPER_MAGIC,
                 version: KEEPER_VERSION,
-                layout: if turnstile::planted::planted("keeper-of-another-layout") {
-                    0
-                } else {
-                    LAYOUT_VERSION
-                },
+                layout: if planted("keeper-of-another-layout") { 0 } else { LAYOUT_VERSION },
                 occupied: self.broker.is_some(),
                 pid: std::process::id() as i32,
             };
@@ -188,7 +210,7 @@ impl Keeper {
         let lock = lock.map(|file| Flock::lock(file, FlockArg::LockExclusiveNonblock));
         if let Ok(Ok(_lock)) = lock {
             let _ = fs::remove_file(suffixed(".keeper"));
-            if !self.leave_socket || turnstile::planted::planted("keeper-takes-the-socket") {
+            if !self.leave_socket || planted("keeper-takes-the-socket") {
                 let _ = fs::remove_file(broker);
             }
         }

@@ -1,21 +1,20 @@
 //! What is kept: sessions and databases as the broker has said, with their descriptors.
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 use turnstile::lock::SeatId;
+use turnstile::lock::occupied::{Fate, Holder, Occupied};
 use turnstile::lock::table::Table;
 use turnstile::planted::planted;
-use turnstile::segment::atomic::SeqCst;
 use turnstile::segment::gate::Gate;
-use turnstile::segment::hold::Hold;
-use turnstile::segment::layout::{CHECKPOINTER, CLOSED, STATE};
+use turnstile::segment::hold::{self, Hold};
 use turnstile::segment::liveness;
 use turnstile::segment::mapping::ControlMap;
 use turnstile::segment::names::Place;
-use turnstile::segment::supervision::{self, Office};
+use turnstile::segment::supervision::{self, Held, Office};
 use turnstile::wire::keeper::{Kept, KeptDatabase, KeptHome, KeptSeat, KeptSession};
 use turnstile::wire::message::Role;
 
@@ -32,8 +31,23 @@ struct Database {
     home: Option<KeptHome>,
     wal: Option<OwnedFd>,
     seats: BTreeMap<SeatId, KeptSeat>,
+    /// Since when a broker has been seen to look after it, although there is none here.
+    looked_after: Option<Instant>,
 }
 
+/// What becomes of a database while there is no broker.
+enum Verdict {
+    /// Somebody may be in, or it cannot be told yet.
+    Stays,
+    /// It is others' to look after, or its members' alone: let go, and the gate left as it is.
+    LeftAlone,
+    /// Nobody is in: its gate is to be opened, as whoever holds this office.
+    Opens(Held),
+}
+
+/// A broker that has just ended may still have its office for a moment. One that has it for longer is another one, which has
+/// found the members.
+const ENDS_WITHIN: Duration = Duration::from_secs(1);
 /// How long the next broker may take to come for the socket.
 const LISTENS: Duration = Duration::from_secs(10);
 
@@ -72,7 +86,7 @@ impl Store {
             Kept::Database(kept) => {
                 let (hold, home, wal, seats) = (None, None, None, BTreeMap::new());
                 let number = kept.database;
-                let new = Database { kept, fds: given.collect(), hold, home, wal, seats };
+                let new = Database { kept, fds: given.collect(), hold, home, wal, seats, looked_after: None };
                 self.databases.insert(number, new);
             }
             Kept::Hold(database) => {
@@ -146,30 +160,36 @@ impl Store {
         living.chain(self.databases.values().filter_map(|d| d.hold.as_ref()).map(|[_, broker]| broker))
     }
 
-    /// No broker is there: a database whose members are all dead, have left or rest is let go, and its gate opened.
-    pub fn drop_what_is_nobodys(&mut self) {
+    /// No broker is there: a database whose members are all dead, have left or rest is let go, and its gate opened. True: to
+    /// be looked at again soon. `spare`: a descriptor that may be closed if there is no room for another.
+    pub fn drop_what_is_nobodys(&mut self, spare: &mut Option<OwnedFd>) -> bool {
         // Nobody comes: whoever knocks is to be told so.
         self.listener.take_if(|(_, _, since)| since.elapsed() >= LISTENS);
         if planted("keeper-keeps-for-ever") {
-            return;
+            return false;
         }
-        let dead: Vec<u64> = self.sessions.iter().filter(|(_, s)| s.is_dead()).map(|(n, _)| *n).collect();
-        let alive =
-            |seat: &KeptSeat| self.sessions.contains_key(&seat.session) && !dead.contains(&seat.session);
-        let mut unused = Vec::new();
+        let dead: BTreeSet<u64> =
+            self.sessions.iter().filter(|(_, s)| s.is_dead()).map(|(n, _)| *n).collect();
+        let fate = |seat: &KeptSeat| match self.sessions.contains_key(&seat.session) {
+            true if dead.contains(&seat.session) => Fate::Dead,
+            true => Fate::Lives,
+            // Never told of, or told of in vain.
+            false => Fate::Unknown,
+        };
+        let mut verdicts = Vec::new();
         for (number, db) in &mut self.databases {
-            if let Some([a, b]) = &db.hold
-                && let (Ok(a), Ok(b)) = (a.try_clone(), b.try_clone())
-            {
-                Hold::of(a, b).has_rung();
+            if let Some([_, broker]) = &db.hold {
+                hold::has_rung(broker);
             }
-            if !db.is_used(alive) && !db.is_checkpointed() {
-                unused.push(*number);
+            match db.judge(&fate, spare) {
+                Verdict::Stays => {}
+                verdict => verdicts.push((*number, verdict)),
             }
         }
-        for number in unused {
-            if let Some(db) = self.databases.remove(&number) {
-                db.let_go();
+        for (number, verdict) in verdicts {
+            let Some(db) = self.databases.remove(&number) else { continue };
+            if let Verdict::Opens(office) = verdict {
+                db.open(office);
             }
         }
         let in_use =
@@ -178,6 +198,7 @@ impl Store {
         for session in idle {
             self.sessions.remove(&session);
         }
+        self.databases.values().any(|db| db.looked_after.is_some())
     }
 }
 
@@ -186,25 +207,58 @@ impl Database {
         ControlMap::open(self.fds.first()?, self.kept.nonce, true).ok()
     }
 
-    /// A seat of a living member is in use. If all that are left rest, they are closed: closed means closed.
-    fn is_used(&self, alive: impl Fn(&KeptSeat) -> bool) -> bool {
-        let mut living: Vec<&KeptSeat> = self.seats.values().filter(|s| alive(s)).collect();
-        if self.kept.guest.is_some() {
-            return !living.is_empty();
-        }
-        let Some(map) = self.map() else { return !living.is_empty() };
-        let Some(table) = map.control().map(Table::of) else { return !living.is_empty() };
-        living.retain(|s| table.count(s.seat) == s.count);
-        let given_up = |s: &KeptSeat| {
-            let state = table.seat(s.seat).map_or(CLOSED, |w| w.state.load(SeqCst) & STATE);
-            s.role == Role::ReadWrite && state == CLOSED
+    /// Who is in, as far as the kernel, the segment and the records can say.
+    fn occupied(&self, fate: &impl Fn(&KeptSeat) -> Fate) -> Occupied {
+        let map = self.map();
+        let Some(table) = map.as_ref().and_then(|m| m.control()).map(Table::of) else {
+            // No gate, or one that cannot be looked behind.
+            let fates: Vec<Fate> = self.seats.values().map(fate).collect();
+            return match fates.contains(&Fate::Lives) {
+                true => Occupied::BySomebody,
+                false => Occupied::ByStrangers,
+            };
         };
-        let rests = |s: &KeptSeat| s.role == Role::ReadWrite && table.rests(s.seat);
-        if !living.iter().all(|s| given_up(s) || rests(s)) {
-            return true;
+        let is_this = |seat: &KeptSeat| table.count(seat.seat) == seat.count;
+        let holder = |seat: SeatId| match self.seats.get(&seat) {
+            Some(kept) if is_this(kept) => Holder { fate: fate(kept), writes: kept.role == Role::ReadWrite },
+            // Given out again since, or never told of here.
+            _ if table.members.has(seat) => Holder::UNKNOWN,
+            _ => Holder { fate: Fate::Dead, ..Holder::UNKNOWN },
+        };
+        let seats = || self.seats.keys().copied().chain(table.members.iter());
+        match table.occupied(seats(), holder) {
+            // Closed means closed.
+            Occupied::ByNobody if !table.close_all_at_rest(seats()) => Occupied::BySomebody,
+            occupied => occupied,
         }
-        // One that is taken in use again at this very moment stays.
-        !living.iter().all(|s| given_up(s) || table.close_resting(s.seat))
+    }
+
+    fn judge(&mut self, fate: &impl Fn(&KeptSeat) -> Fate, spare: &mut Option<OwnedFd>) -> Verdict {
+        let occupied = self.occupied(fate);
+        if occupied == Occupied::BySomebody || self.is_checkpointed() {
+            return Verdict::Stays;
+        }
+        let Some(control) = self.fds.first().filter(|_| self.kept.guest.is_none()) else {
+            return Verdict::LeftAlone;
+        };
+        // Who opens a gate is the only one who looks after the segment: a broker that found the members may let somebody in.
+        let mut office = supervision::take(control, Office::Broker);
+        if office.is_err() && spare.take().is_some() {
+            office = supervision::take(control, Office::Broker);
+        }
+        match office {
+            Ok(Some(office)) => match self.occupied(fate) {
+                Occupied::BySomebody => Verdict::Stays,
+                Occupied::ByStrangers => Verdict::LeftAlone,
+                Occupied::ByNobody => Verdict::Opens(office),
+            },
+            Ok(None) => match self.looked_after.get_or_insert_with(Instant::now).elapsed() < ENDS_WITHIN {
+                true => Verdict::Stays,
+                false => Verdict::LeftAlone,
+            },
+            // No room for a descriptor, say: the next time.
+            Err(_) => Verdict::Stays,
+        }
     }
 
     /// The dead broker's checkpointer, which is about to end, may still write into it.
@@ -216,19 +270,8 @@ impl Database {
     }
 
     /// Opens the gate, and lets everything go.
-    fn let_go(self) {
-        if self.kept.guest.is_some() {
-            return;
-        }
-        let map = self.map();
-        let Some(table) = map.as_ref().and_then(|m| m.control()).map(Table::of) else { return };
-        // A seat that was never told of here, or given out again since, is somebody's who may live: the gate is left to
-        // who holds it.
-        let is_this = |seat: SeatId| self.seats.get(&seat).is_some_and(|s| s.count == table.count(seat));
-        if !table.members.iter().all(|seat| seat == CHECKPOINTER || is_this(seat)) {
-            return;
-        }
-        if let Some(map) = &map {
+    fn open(self, _office: Held) {
+        if let Some(map) = &self.map() {
             map.poison();
         }
         let mut fds = self.fds.into_iter().skip(2);

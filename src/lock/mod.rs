@@ -10,12 +10,13 @@
 //! * [`commits`]: durable commits that share one sync. [`learned`]: what statements have shown of themselves.
 //! * [`tries`]: that no loop over shared words is without end.
 //! * [`queue`]: the socket lane's requests, and what a death leaves behind. [`unused`]: turns that nobody uses.
-//! * [`takeover`]: what a broker's death leaves to the next.
+//! * [`takeover`]: what a broker's death leaves to the next. [`occupied`]: whether anybody who lives can be in.
 
 pub mod commits;
 pub mod hints;
 pub mod last;
 pub mod learned;
+pub mod occupied;
 pub mod park;
 pub mod queue;
 pub mod rest;

@@ -11,15 +11,19 @@ use std::os::fd::{AsFd, OwnedFd};
 
 /// `PENDING_BYTE` (os.h); RESERVED is the byte after it, the SHARED range the 510 bytes after that.
 const DATABASE_BYTES: (i64, i64) = (0x4000_0000, 512);
+/// The first and the last of them, as `/proc` names them.
+pub const FIRST_BYTE: u64 = DATABASE_BYTES.0 as u64;
+pub const LAST_BYTE: u64 = FIRST_BYTE + DATABASE_BYTES.1 as u64 - 1;
 /// `UNIX_SHM_BASE` (os_unix.c): eight lock slots and the dead-man switch.
 const SHM_BYTES: (i64, i64) = (120, 9);
 
 /// Who stands in the way of the gate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Conflict {
-    /// A plain SQLite client (a POSIX lock), with its pid as far as this pid namespace can see it.
+    /// A plain SQLite client, or anybody else with a lock that is no gate: with its pid as far as this pid namespace can
+    /// see it, -1 of an open file description's.
     Plain(i32),
-    /// An OFD lock: another broker's gate, or that of members whose broker is gone.
+    /// Another broker's gate, or that of members whose broker is gone.
     OtherGate,
 }
 
@@ -51,17 +55,26 @@ fn flock(kind: i32, (start, len): (i64, i64)) -> libc::flock {
     lock
 }
 
+/// A lock that was seen in the way is a gate: an open file description's write lock on all of the bytes. It leaves room for no
+/// other lock, so what the kernel names first is all there is. A read lock anybody may have who can open the file for
+/// reading: it is a plain client's.
+fn is_gate(seen: &libc::flock, (start, len): (i64, i64)) -> bool {
+    if planted("any-lock-is-a-gate") {
+        return i32::from(seen.l_type) != libc::F_UNLCK && seen.l_pid == -1;
+    }
+    let all = seen.l_start <= start && (seen.l_len == 0 || seen.l_start + seen.l_len >= start + len);
+    i32::from(seen.l_type) == libc::F_WRLCK && seen.l_pid == -1 && all
+}
+
 fn take(fd: impl AsFd, bytes: (i64, i64)) -> Result<(), GateError> {
     match fcntl(&fd, FcntlArg::F_OFD_SETLK(&flock(libc::F_WRLCK, bytes))) {
         Ok(_) => Ok(()),
         Err(Errno::EAGAIN | Errno::EACCES) => {
             let mut seen = flock(libc::F_WRLCK, bytes);
             fcntl(&fd, FcntlArg::F_OFD_GETLK(&mut seen)).map_err(GateError::Unlockable)?;
-            Err(GateError::Conflict(match seen.l_pid {
-                -1 if i32::from(seen.l_type) != libc::F_UNLCK && !planted("other-gate-is-plain") => {
-                    Conflict::OtherGate
-                }
-                pid => Conflict::Plain(pid),
+            Err(GateError::Conflict(match is_gate(&seen, bytes) && !planted("other-gate-is-plain") {
+                true => Conflict::OtherGate,
+                false => Conflict::Plain(seen.l_pid),
             }))
         }
         Err(e) => Err(GateError::Unlockable(e)),
@@ -135,22 +148,23 @@ impl Gate {
     }
 }
 
-/// Whether an OFD lock of somebody stands on the database's lock bytes, seen through `fd`.
+/// Whether a gate stands on the database, seen through `fd`.
 ///
 /// Asked as a process-associated lock, which conflicts with an OFD lock even on the same description.
 pub fn stands(fd: impl AsFd) -> bool {
     let mut seen = flock(libc::F_WRLCK, DATABASE_BYTES);
     match fcntl(&fd, FcntlArg::F_GETLK(&mut seen)) {
-        Ok(_) => i32::from(seen.l_type) != libc::F_UNLCK && seen.l_pid == -1,
+        Ok(_) => is_gate(&seen, DATABASE_BYTES),
         Err(_) => false,
     }
 }
 
-/// The pid of a process with a lock of SQLite's on the database, seen through `fd`; 0 if it is of another pid namespace.
+/// The pid of a process with a lock on the database that is no gate, seen through `fd`; 0 if it is of another pid namespace,
+/// -1 of an open file description's lock.
 pub fn plain_holder(fd: impl AsFd) -> Option<i32> {
     let mut seen = flock(libc::F_WRLCK, DATABASE_BYTES);
     fcntl(&fd, FcntlArg::F_GETLK(&mut seen)).ok()?;
-    (i32::from(seen.l_type) != libc::F_UNLCK && seen.l_pid != -1).then_some(seen.l_pid)
+    (i32::from(seen.l_type) != libc::F_UNLCK && !is_gate(&seen, DATABASE_BYTES)).then_some(seen.l_pid)
 }
 
 /// Whether `fd` is the description that carries the gate: an OFD lock stands there, and does not stand in the way
@@ -159,4 +173,47 @@ pub fn is_held_by(fd: impl AsFd) -> bool {
     let mut seen = flock(libc::F_WRLCK, DATABASE_BYTES);
     let own = fcntl(&fd, FcntlArg::F_OFD_GETLK(&mut seen)).is_ok() && i32::from(seen.l_type) == libc::F_UNLCK;
     own && stands(fd)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::planted::fails_without;
+
+    fn lock(fd: impl AsFd, kind: i32, bytes: (i64, i64)) {
+        fcntl(fd, FcntlArg::F_OFD_SETLK(&flock(kind, bytes))).unwrap();
+    }
+
+    #[test]
+    fn a_lock_that_does_not_shut_everybody_out_is_no_gate() {
+        fails_without("any-lock-is-a-gate", || {
+            let part = (DATABASE_BYTES.0 + 7, 1);
+            for (kind, bytes) in [
+                (libc::F_RDLCK, part),
+                (libc::F_RDLCK, DATABASE_BYTES),
+                (libc::F_RDLCK, (0, 0)),
+                (libc::F_WRLCK, part),
+            ] {
+                let file = tempfile::NamedTempFile::new().unwrap();
+                let stranger = file.reopen().unwrap();
+                lock(&stranger, kind, bytes);
+                let own: OwnedFd = file.reopen().unwrap().into();
+                assert!(!stands(&own) && !is_held_by(&own) && !is_held_by(&stranger), "{kind} {bytes:?}");
+                assert_eq!(plain_holder(&own), Some(-1));
+                let closed = close(own, None, 7).map_err(|(e, ..)| e);
+                assert!(matches!(closed, Err(GateError::Conflict(Conflict::Plain(-1)))), "{closed:?}");
+            }
+        });
+    }
+
+    #[test]
+    fn a_gate_is_one_to_who_has_it_and_to_others() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let gate = close(file.reopen().unwrap().into(), None, 7).map_err(|(e, ..)| e).unwrap();
+        let other: OwnedFd = file.reopen().unwrap().into();
+        assert!(stands(&other) && !is_held_by(&other) && is_held_by(gate.database()));
+        assert_eq!(plain_holder(&other), None);
+        let closed = close(other, None, 7).map_err(|(e, ..)| e);
+        assert!(matches!(closed, Err(GateError::Conflict(Conflict::OtherGate))), "{closed:?}");
+    }
 }

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 /// First field of the keeper's greeting.
 pub const KEEPER_MAGIC: u32 = 0x7457_4b50;
 /// Changes with any change of what is kept.
-pub const KEEPER_VERSION: u32 = 3;
+pub const KEEPER_VERSION: u32 = 4;
 
 /// What a keeper says to whoever connects; its encoding never changes, so that versions can tell each other apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -113,4 +113,6 @@ pub enum FromKeeper {
     /// That was all.
     All,
     Done(u64),
+    /// Descriptors were sent for which it has no room: what they came with is not kept, and has to be told again.
+    Lost,
 }

@@ -119,6 +119,10 @@ pub fn send_within(fd: impl AsFd, bytes: &[u8], fds: &[RawFd], limit: Duration) 
                 }
                 wait(&fd, PollFlags::POLLOUT, left)?;
             }
+            // So many descriptors are under way, of this user's: others receive theirs meanwhile.
+            Err(e) if e.raw_os_error() == Some(Errno::ETOOMANYREFS as i32) && Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(2));
+            }
             other => return other,
         }
     }

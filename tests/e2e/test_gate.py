@@ -1,6 +1,7 @@
 """The gate: plain clients wait, they cannot corrupt; joining proves access."""
 
 import array
+import contextlib
 import fcntl
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import struct
 import subprocess
 
 from harness import (PYTHON, ROOT, Broker, PlainError, PlainShell, Skip, Workers, check_rows, connect, create,
@@ -193,6 +195,41 @@ def test_two_brokers_on_one_database_are_told_apart_from_a_plain_client():
             message = refused(db, two)
             assert "another broker" in message, message
             w.kill(0)
+
+
+@contextlib.contextmanager
+def read_locked(path, start=0x4000_0002, length=1):
+    """An open file description's read lock (F_OFD_SETLK) of somebody who may only read the file."""
+    fd = os.open(path, os.O_RDONLY)
+    fcntl.fcntl(fd, 37, struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, start, length, 0))
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+@fails_without("any-lock-is-a-gate", message="another broker")
+def test_a_readers_lock_is_a_plain_clients_and_no_gate():
+    """Of one byte, of all of SQLite's, of the whole file, of `-shm`: members are guests beside it."""
+    with Broker() as broker:
+        db = create(broker.path("app.db"))
+        kept = sqlite3.connect(db)  # so that there is a -shm
+        kept.execute("SELECT count(*) FROM rows").fetchall()
+        kept.execute("BEGIN")
+        shm = db + "-shm"
+        places = [(db, 0x4000_0002, 1), (db, 0x4000_0002, 510), (shm, 128, 1), (db, 0x4000_0000, 512), (db, 0, 0)]
+        kept.close()
+        open(shm, "ab").close()
+        for n, place in enumerate(places):
+            with read_locked(*place):
+                member = connect(db, broker=broker, mode="guest")
+                # PENDING is what a writer's SHARED would take for a moment: there plain SQLite has to give up, too.
+                if place[1] > 0x4000_0000 or place[0] == shm:
+                    member.execute("INSERT INTO rows VALUES('m', ?)", (n,))
+                member.close()
+        member = connect(db, broker=broker, mode="gated")
+        member.execute("INSERT INTO rows VALUES('m', 9)")
+        member.close()
 
 
 def test_a_stopped_broker_leaves_nothing_locked():

@@ -1,17 +1,22 @@
 """Broker and keeper are both killed: the next broker finds the members in their processes, whether they have anything to
 say or not, and believes nobody who imitates them."""
 
+import array
 import contextlib
 import fcntl
+import functools
 import os
 import re
+import resource
+import socket
 import struct
 import sqlite3
 import subprocess
+from unittest import mock
 
 import harness
-from harness import (Broker, PYTHON, connect, create, fails_without, plain, timeout, waits)
-from test_broker_death import Other, kill_both, loaded, planted_build, shut_to_plain
+from harness import (Broker, PYTHON, connect, create, fails_without, plain, timeout, wait_until, waits)
+from test_broker_death import Other, keepers, kill_both, loaded, planted_build, shut_to_plain
 from test_foreign import STRANGER, as_user, root_only
 
 CONTROL_SIZE, WAL_INDEX_SIZE = 8192 + 1024 * 128, 1 << 30
@@ -205,6 +210,130 @@ def test_a_member_of_another_user_hands_everything_back():
             member.says("INSERT INTO rows VALUES('s', 2)")
 
 
+# --- who cannot be seen ---------------------------------------------------------------------------------------
+
+@fails_without("unknown-is-dead", message="it was let in")
+def test_a_member_that_nobody_knows_keeps_the_gate_shut():
+    """Broker and keeper are killed, one member hands everything back and another one has not come back yet; that broker is
+    killed, too, and the first member leaves: its keeper knows nothing of the other one but its seat."""
+    root_only()
+    with Broker("--everyone", "yes") as broker:
+        db = create(broker.path("app.db"))
+        for path, mode in ((broker.dir, 0o777), (db, 0o666)):
+            os.chmod(path, mode)
+        with Other(db, broker) as one, Other(db, broker, STRANGER) as other:
+            kill_both(broker)
+            with unsearched(broker):
+                broker.start()
+                one.says("more")  # has something to say: it hands everything back
+                members = {m["seat"]: m["pid"] for m in broker.members(db)}
+                assert sorted(members.values()) == [0, one.process.pid, one.process.pid], members
+                broker.kill()
+            one.kill()
+            # The keeper, which looks again and again, has made up its mind when it has ended.
+            wait_until(lambda: not keepers(broker) or not shut_to_plain(db), what="the keeper's mind")
+            assert shut_to_plain(db), "it was let in beside a member"
+            other.says("INSERT INTO rows VALUES('other', 1)")
+            assert shut_to_plain(db), "it was let in beside a member"
+            other.kill()
+            assert plain(db, "SELECT count(*) FROM rows", retry=3) == [["1"]]
+
+
+@contextlib.contextmanager
+def unsearched(broker):
+    """Members are not looked for: as where they cannot be seen."""
+    rules = ",".join(filter(None, [os.environ.get("TURNSTILE_PLANTED"), "members-not-looked-for"]))
+    with planted_build(rules), mock.patch.dict(broker.extra, {"TURNSTILE_PLANTED": rules}):
+        yield
+
+
+def descriptors(pid):
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+@contextlib.contextmanager
+def no_room(pid):
+    """No descriptor more for this process, by its limit."""
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    numbers = [int(n) for n in os.listdir(f"/proc/{pid}/fd")]
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (max(numbers) + 1, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+
+
+@fails_without("unknown-is-dead", message="it was let in")
+def test_a_keeper_without_room_for_a_member_does_not_take_it_for_dead():
+    with Broker() as broker:
+        db = create(broker.path("app.db"))
+        with Other(db, broker) as one:
+            keeper = broker.status()["broker"]["keeper"]
+            with no_room(keeper), Other(db, broker) as other:
+                broker.kill()
+                one.kill()
+                wait_until(lambda: not keepers(broker) or not shut_to_plain(db), what="the keeper's mind")
+                assert shut_to_plain(db), "it was let in beside a member"
+                other.says("INSERT INTO rows VALUES('other', 1)")
+                assert shut_to_plain(db), "it was let in beside a member"
+            assert plain(db, "SELECT count(*) FROM rows", retry=3) == [["1"]]
+
+
+@fails_without("lost-in-silence")
+def test_what_a_keeper_had_no_room_for_is_told_again():
+    """The next broker knows all members."""
+    with Broker() as broker:
+        db = create(broker.path("app.db"))
+        with Other(db, broker):
+            keeper = broker.status()["broker"]["keeper"]
+            with no_room(keeper):
+                had = descriptors(keeper)
+                other = Other(db, broker)
+                assert descriptors(keeper) <= had + 1
+            with other:
+                # The session's pidfd and its liveness memfd.
+                wait_until(lambda: descriptors(keeper) >= had + 2, what="the keeper to be told")
+                pids = sorted(m["pid"] for m in broker.members(db))
+                broker.kill()
+                with unsearched(broker):
+                    broker.start()
+                    assert sorted(m["pid"] for m in broker.members(db)) == pids, broker.members(db)
+                    broker.stop()
+
+
+def under_way(count):
+    """Puts so many descriptors of this user's under way (unix(7), ETOOMANYREFS), where they stay."""
+    ours, theirs = socket.socketpair()
+    for _ in range(0, count, 50):
+        ours.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [ours.fileno()] * 50))])
+    kept.extend([ours, theirs])
+    return "ready"
+
+
+@fails_without("told-once")
+def test_what_could_not_be_sent_to_the_keeper_is_told_again():
+    root_only()
+    with Broker() as broker:
+        broker.stop()
+        os.unlink(broker.socket + ".lock")
+        os.chmod(broker.dir, 0o777)
+        own = functools.partial(subprocess.Popen, user=STRANGER, group=STRANGER, extra_groups=[])
+        with mock.patch.object(harness.subprocess, "Popen", own):
+            broker.start()
+        db = create(broker.path("app.db"))
+        os.chown(db, STRANGER, STRANGER)
+        with Other(db, broker, STRANGER) as member:
+            keeper = broker.status()["broker"]["keeper"]
+            had = descriptors(keeper)
+            before = resource.prlimit(broker.pid, resource.RLIMIT_NOFILE, (256, 256))
+            with as_user(STRANGER, lambda: under_way(300)) as said:
+                assert said == "ready"
+                member.says("SELECT * FROM rows")  # opens the WAL, which the keeper is to have
+                wait_until(lambda: "told everything again" in broker.log(), what="the broker to see that it failed")
+                assert descriptors(keeper) == had
+            wait_until(lambda: descriptors(keeper) > had, what="the keeper to be told")
+
+
 # --- imitations -----------------------------------------------------------------------------------------------
 
 def memfd(name, size):
@@ -216,8 +345,6 @@ def memfd(name, size):
 
 def imitation(path, lock):
     """All that a member has: a segment, and what holds the gate. (src/segment/layout.rs, hold.rs)"""
-    import array
-    import socket
     place = os.stat(lock)
     nonce = 0x1234
     directory = os.stat(os.path.dirname(path))

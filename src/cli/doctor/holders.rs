@@ -225,13 +225,19 @@ fn identity(descriptor: &Path) -> Option<(u64, u64)> {
     Some((libc::makedev(stx.stx_dev_major, stx.stx_dev_minor), stx.stx_ino))
 }
 
-/// `lock: 1: OFDLCK  ADVISORY  WRITE -1 fe:00:1234 1073741824 1073742335` (proc(5)).
+/// `lock: 1: OFDLCK  ADVISORY  WRITE -1 fe:00:1234 1073741824 1073742335` (proc(5)): as `segment::gate` tells a gate.
 fn carries_gate(pid: i32, number: &Path) -> bool {
     let info = fs::read_to_string(Path::new(&format!("/proc/{pid}/fdinfo")).join(number)).unwrap_or_default();
-    info.lines().any(|line| {
-        let mut words = line.split_whitespace();
-        words.next() == Some("lock:") && words.nth(1) == Some("OFDLCK")
-    })
+    info.lines().any(is_gate)
+}
+
+fn is_gate(line: &str) -> bool {
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let [_, _, "OFDLCK", _, "WRITE", _, _, start, end] = words[..] else { return false };
+    let covers = |n: &str, at: fn(u64, u64) -> bool, edge| n == "EOF" || n.parse().is_ok_and(|n| at(n, edge));
+    line.starts_with("lock:")
+        && covers(start, |n, edge| n <= edge, gate::FIRST_BYTE)
+        && covers(end, |n, edge| n >= edge, gate::LAST_BYTE)
 }
 
 fn maps_segment(pid: i32) -> bool {
@@ -285,6 +291,19 @@ mod tests {
             "",
         ] {
             assert_eq!(posix_lock(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn only_a_write_lock_on_all_of_it_is_a_gate() {
+        assert!(is_gate("lock:\t1: OFDLCK  ADVISORY  WRITE -1 fe:00:1234 1073741824 1073742335"));
+        for other in [
+            "lock:\t1: OFDLCK  ADVISORY  READ  -1 fe:00:1234 1073741824 1073742335",
+            "lock:\t1: OFDLCK  ADVISORY  WRITE -1 fe:00:1234 1073741826 1073742335",
+            "lock:\t1: POSIX   ADVISORY  WRITE 12 fe:00:1234 1073741824 1073742335",
+            "pos:\t0",
+        ] {
+            assert!(!is_gate(other), "{other}");
         }
     }
 }
