@@ -152,13 +152,14 @@ impl Gate {
 
 /// Whether an OFD lock of somebody stands on the database's lock bytes, seen through `fd`.
 ///
-/// Asked as a process-associated lock, which conflicts with an OFD lock even on the same description.
+/// Asked as a process-associated lock, which conflicts with an OFD lock even on the same description. Asked of the kernel
+/// itself: under `turnstile run` the C library's `fcntl` is ours, and asks who holds what we hold while we ask.
 pub fn stands(fd: impl AsFd) -> bool {
     let mut seen = flock(libc::F_WRLCK, DATABASE_BYTES);
-    match fcntl(&fd, FcntlArg::F_GETLK(&mut seen)) {
-        Ok(_) => i32::from(seen.l_type) != libc::F_UNLCK && seen.l_pid == -1,
-        Err(_) => false,
-    }
+    let fd = fd.as_fd().as_raw_fd();
+    // SAFETY: the descriptor is borrowed for the call, the lock is ours.
+    let done = unsafe { libc::syscall(libc::SYS_fcntl, fd, libc::F_GETLK, &raw mut seen) };
+    done == 0 && i32::from(seen.l_type) != libc::F_UNLCK && seen.l_pid == -1
 }
 
 /// The pid of a process with a lock of SQLite's on the database, seen through `fd`; 0 if it is of another pid namespace.
