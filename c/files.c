@@ -49,6 +49,7 @@ extern const struct turnstile_files {
   void *(*close)(int fd);
   void (*closed)(void *known);
   int (*io)(int fd, int64_t end, int writes);
+  int (*believed)(int fd);
   int (*map)(int fd, uint64_t end);
   void (*mapped)(uintptr_t address, size_t length);
   void (*unmapped)(uintptr_t address);
@@ -214,9 +215,19 @@ static int may(int fd, int64_t end, int writes){
   return !error;
 }
 
+/* Read first, looked after: whether it was a member's file is known afterwards only. */
+static ssize_t believed(int fd, ssize_t got){
+  int kind = kind_of(fd);
+  int error = got>=0 && (kind==DATABASE || kind==WAL || kind==JOURNAL) ? turnstile_files.believed(fd) : 0;
+  if( !error ) return got;
+  errno = error;
+  return -1;
+}
+
 ssize_t read(int fd, void *to, size_t size){
   REAL(ssize_t (*)(int, void *, size_t), "read", NULL);
-  return kind_of(fd) && !may(fd, -1, 0) ? -1 : real_(fd, to, size);
+  if( !kind_of(fd) ) return real_(fd, to, size);
+  return may(fd, -1, 0) ? believed(fd, real_(fd, to, size)) : -1;
 }
 
 ssize_t write(int fd, const void *from, size_t size){
@@ -227,8 +238,10 @@ ssize_t write(int fd, const void *from, size_t size){
 #define AT(function, or, buffer, writes)                                         \
   ssize_t function(int fd, buffer data, size_t size, off_t offset){              \
     REAL(ssize_t (*)(int, buffer, size_t, off_t), #function, or);                \
-    if( kind_of(fd) && !may(fd, offset + (int64_t)size, writes) ) return -1;     \
-    return real_(fd, data, size, offset);                                        \
+    if( !kind_of(fd) ) return real_(fd, data, size, offset);                     \
+    if( !may(fd, offset + (int64_t)size, writes) ) return -1;                    \
+    if( writes ) return real_(fd, data, size, offset);                           \
+    return believed(fd, real_(fd, data, size, offset));                          \
   }
 AT(pread, NULL, void *, 0)
 AT(pread64, "pread", void *, 0)
@@ -267,7 +280,11 @@ int fchmod(int fd, mode_t mode){
 int unlink(const char *name){
   REAL(int (*)(const char *), "unlink", NULL);
   int ours = ends_with(name, "-shm") || ends_with(name, "-journal");
-  return ours && turnstile_files.unlink(name, HERE) ? 0 : real_(name);
+  switch( ours ? turnstile_files.unlink(name, HERE) : 0 ){
+    case 0: return real_(name);
+    case 1: return 0;
+    default: errno = EIO; return -1;
+  }
 }
 
 /* ------------------------------------------------------------------------------------------------- mappings */

@@ -142,14 +142,15 @@ impl Member {
 
     /// As [`Member::lock`] on the fast lane. Meanwhile other threads may use this seat; `around` sees to it that they do
     /// so one at a time.
-    pub fn lock_around(&self, ask: Ask, around: Around, give_up: impl FnMut() -> bool) -> Verdict {
+    pub fn lock_around(&self, ask: Ask, around: Around, mut give_up: impl FnMut() -> bool) -> Verdict {
+        let give_up = || self.waits_in_vain() || give_up();
         let Some(fast) = &self.fast else { return Verdict::Busy };
         let tell = || {
             let _ = self.say(&ToBroker::Waiting { seat: self.joined.seat }, &[]);
         };
         let wait = |seat: &Seat| fast.wait(seat, ask, give_up, tell);
         let outcome = fast.with_around(self.session(), self.connection.get(), Some(around), wait);
-        outcome.map_or(Verdict::Busy, |o| o.verdict)
+        self.in_time_or_busy(outcome)
     }
 }
 

@@ -92,14 +92,14 @@ impl Member {
     /// The segment may be used and, where its locks travel by messages, the session still stands: a broker that is
     /// gone changes nothing for members on the fast lane.
     pub fn is_whole(&self) -> bool {
-        !self.shared.as_ref().is_some_and(|s| s.poisoned()) && (self.fast.is_some() || self.link().is_ok())
+        !self.is_poisoned() && (self.fast.is_some() || self.link().is_ok())
     }
 
     /// The link over which the broker knows the seat. On the socket lane the next broker is waited for, if this one is
     /// gone; on the fast lane it goes on without.
     fn link(&self) -> Result<Arc<Link>, Lost> {
         let session = self.session();
-        let whole = || !self.shared.as_ref().is_some_and(|s| s.poisoned());
+        let whole = || !self.is_poisoned();
         let link = match self.fast.is_some() || planted("socket-lane-is-impatient") {
             true => session.link()?,
             false => session.link_patiently(whole)?,
@@ -165,14 +165,16 @@ impl Member {
         self.connection.set(connection);
         let session = self.session();
         let seat = self.joined.seat;
+        let mut enough = || self.waits_in_vain() || give_up();
         if let Some(fast) = &self.fast {
             let tell = || {
                 let _ = self.say(&ToBroker::Waiting { seat }, &[]);
             };
-            let outcome = fast.with(session, connection, |seat| fast.wait(seat, ask, give_up, tell));
-            return outcome.ok_or(Lost);
+            let outcome = fast.with(session, connection, |seat| fast.wait(seat, ask, enough, tell));
+            return self.in_time(outcome.ok_or(Lost)?);
         }
-        self.again(|link| self.lock_by_message(link, ask, connection, &mut give_up))
+        let outcome = self.again(|link| self.lock_by_message(link, ask, connection, &mut enough))?;
+        self.in_time(outcome)
     }
 
     fn lock_by_message(

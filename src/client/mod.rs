@@ -8,12 +8,14 @@
 //! * [`session`]: this process and a broker, for all threads; [`link`]: one socket of it. [`greeting`] and `reconnect`: how
 //!   they come about. [`autostart`] and [`spawn`]: starting a broker.
 //! * [`claim`] and [`joining`]: taking a seat. [`leaving`] and [`resting`]: what becomes of it when its connection is closed.
-//! * [`member`]: a seat and what it can ask for. [`shared`]: a database's segment as this process maps it.
+//! * [`member`]: a seat and what it can ask for. [`shared`]: a database's segment as this process maps it. `belief`:
+//!   whether what has been read may be given to SQLite.
 //! * [`repair`]: after a failed sync. [`served`]: which of this process's SQLite libraries have the VFS.
 //! * [`activity`]: this process's own connections. [`fork`]: what a forked child must not touch. [`host`]: descriptors that are not ours alone.
 
 pub mod activity;
 pub mod autostart;
+mod belief;
 pub mod claim;
 pub mod config;
 pub mod fork;

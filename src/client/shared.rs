@@ -1,5 +1,6 @@
 //! A database's segment as this process maps it: one for all its connections to that database.
 
+use super::belief::GateSeen;
 use super::fork;
 use super::host::{HostFd, LowDescriptors};
 use crate::lock::commits::Commits;
@@ -58,6 +59,7 @@ pub struct Shared {
     /// Kept so that the kernel keeps the gate as long as this process has the segment mapped.
     hold: Option<HostFd>,
     role: Role,
+    pub(super) gate: GateSeen,
     chunks: Mutex<BTreeMap<u32, MmapRaw>>,
     /// Read-write descriptors opened for read-only connections; closing one drops the process's POSIX locks on
     /// the file, so they live as long as the gate.
@@ -98,6 +100,7 @@ impl Shared {
             nonce,
             hold: hold.map(HostFd::new).transpose()?,
             role,
+            gate: GateSeen::default(),
             chunks: Mutex::default(),
             own_descriptors: Mutex::new(own),
             epoch: fork::epoch(),
@@ -107,13 +110,17 @@ impl Shared {
 
     /// The segment must not be used any more.
     pub fn poisoned(&self) -> bool {
-        self.control.poisoned()
+        self.control.poisoned() || self.gate.is_gone()
+    }
+
+    pub(super) fn role(&self) -> Role {
+        self.role
     }
 
     /// Neither poisoned nor about to be.
     #[inline]
     pub fn is_open(&self) -> bool {
-        self.control.is_open()
+        self.control.is_open() && !self.gate.is_gone()
     }
 
     /// The broker is stopping: no new transactions.

@@ -24,6 +24,7 @@ pub struct Files {
     close: extern "C" fn(c_int) -> *mut c_void,
     closed: unsafe extern "C" fn(*mut c_void),
     io: extern "C" fn(c_int, i64, c_int) -> c_int,
+    believed: extern "C" fn(c_int) -> c_int,
     map: extern "C" fn(c_int, u64) -> c_int,
     mapped: extern "C" fn(usize, usize),
     unmapped: extern "C" fn(usize),
@@ -43,6 +44,7 @@ pub static turnstile_files: Files = Files {
     close,
     closed,
     io,
+    believed,
     map: map_shm,
     mapped,
     unmapped,
@@ -149,7 +151,18 @@ unsafe extern "C" fn closed(known: *mut c_void) {
 /// A marked descriptor is about to be read (up to `end`, or -1) or written. Not 0: the error.
 extern "C" fn io(fd: c_int, end: i64, writes: c_int) -> c_int {
     let may = guarded(false, || wal::may_go_on(fd, u64::try_from(end).ok(), writes != 0));
-    if may { 0 } else { Errno::EIO as c_int }
+    if may { 0 } else { refused(writes != 0) }
+}
+
+/// Not EIO for a read: SQLite says then that the database is malformed (os_unix.c, `unixRead`).
+fn refused(writes: bool) -> c_int {
+    (if writes { Errno::EIO } else { Errno::ESTALE }) as c_int
+}
+
+/// A marked descriptor has been read. Not 0: the error that SQLite gets in place of the bytes.
+extern "C" fn believed(fd: c_int) -> c_int {
+    let is = guarded(false, || wal::is_believed(fd));
+    if is { 0 } else { refused(false) }
 }
 
 /// A part of `-shm` that ends there is about to be mapped. Not 0: the error.
@@ -170,14 +183,14 @@ extern "C" fn unmapped(address: usize) {
     guarded((), || fork::forget_mapping(address));
 }
 
-/// A file whose name ends in `-shm` or `-journal` is to be removed. 0: by the kernel.
+/// A file whose name ends in `-shm` or `-journal` is to be removed: an [`shm::Unlink`].
 ///
 /// # Safety
 /// `name` is a string.
 unsafe extern "C" fn unlink(name: *const c_char, caller: usize) -> c_int {
     // SAFETY: by contract.
     let name = unsafe { path(name) };
-    c_int::from(guarded(false, || shm::unlink(name, caller)))
+    guarded(shm::Unlink::Refused, || shm::unlink(name, caller)) as c_int
 }
 
 /// A thread sleeps. 0: it has not yet.

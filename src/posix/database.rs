@@ -3,6 +3,7 @@
 use super::wal::Wal;
 use crate::client::Lost;
 use crate::client::member::Member;
+use crate::client::shared::Shared;
 use crate::lock::commits::Commits;
 use crate::lock::{Ask, FileLevel, Verdict, slot};
 use crate::segment::wal_index::{Header, WalIndex};
@@ -27,6 +28,8 @@ pub struct Database {
     pub path: PathBuf,
     /// `None`: its locks are the kernel's.
     seat: Option<Seat>,
+    /// What is believed is asked without the lock that the seat needs.
+    shared: Option<Arc<Shared>>,
     exclusive: Mutex<()>,
     own: Weak<Database>,
 }
@@ -60,6 +63,7 @@ pub struct Seat {
 
 impl Database {
     pub fn new(library: usize, identity: (u64, u64), path: PathBuf, member: Option<Member>) -> Arc<Database> {
+        let shared = member.as_ref().and_then(|m| m.shared().cloned());
         let seat = member.map(|member| Seat {
             member,
             level: Cell::new(FileLevel::None),
@@ -76,7 +80,15 @@ impl Database {
             wrote: Cell::default(),
         });
         let exclusive = Mutex::new(());
-        Arc::new_cyclic(|own| Database { identity, library, path, seat, exclusive, own: Weak::clone(own) })
+        Arc::new_cyclic(|own| Database {
+            identity,
+            library,
+            path,
+            seat,
+            shared,
+            exclusive,
+            own: Weak::clone(own),
+        })
     }
 
     pub fn weak(&self) -> Weak<Database> {
@@ -94,6 +106,10 @@ impl Database {
     /// The seat, for who has what [`Database::hold`] gives.
     pub fn seat<'a>(&'a self, _held: &'a MutexGuard<'_, ()>) -> Option<&'a Seat> {
         self.seat.as_ref()
+    }
+
+    pub fn shared(&self) -> Option<&Shared> {
+        self.shared.as_deref()
     }
 
     /// Runs `body` as the seat, one thread at a time.
@@ -117,6 +133,7 @@ impl Database {
 impl Drop for Database {
     /// Its last descriptor has been closed.
     fn drop(&mut self) {
+        self.shared = None; // it is unmapped before the member says that it left
         if let Some(seat) = self.seat.take() {
             seat.member.leave();
         }

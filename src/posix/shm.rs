@@ -87,15 +87,31 @@ pub fn closes(database: &Database, kind: Kind, fd: RawFd) {
     });
 }
 
+/// What becomes of an `unlink`; as in `c/files.c`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub enum Unlink {
+    Kernels = 0,
+    /// There is nothing more to do.
+    Done = 1,
+    Refused = 2,
+}
+
 /// `unlink` of `-shm`, by the last close of the WAL, under EXCLUSIVE: the next WAL must not be read through this index.
-/// Of a `-journal` by a forked child: it is its parent's, whose transaction may be running. True: that is all.
-pub fn unlink(path: &Path, caller: usize) -> bool {
+/// Of a `-journal` by a forked child: it is its parent's, whose transaction may be running; by a member whose gate is gone it
+/// may be a plain client's.
+pub fn unlink(path: &Path, caller: usize) -> Unlink {
     if let Some(base) = path.as_os_str().as_bytes().strip_suffix(b"-journal") {
         let base = Path::new(std::ffi::OsStr::from_bytes(base));
-        let inherited = table::is_inherited(base) && table::database_at(object_of(caller), base).is_none();
-        return inherited && !planted("childs-files");
+        return match table::database_at(object_of(caller), base) {
+            Some(database) if !wal::believes(&database) && !planted("lane-journal-deleted-blindly") => {
+                Unlink::Refused
+            }
+            None if table::is_inherited(base) && !planted("childs-files") => Unlink::Done,
+            _ => Unlink::Kernels,
+        };
     }
-    let Some(database) = database_of(path, "-shm", caller) else { return false };
+    let Some(database) = database_of(path, "-shm", caller) else { return Unlink::Kernels };
     let ends = database.with(|seat| match seat.index.get() {
         Some(index) if seat.level.get() == FileLevel::Exclusive => {
             index.invalidate();
@@ -103,7 +119,7 @@ pub fn unlink(path: &Path, caller: usize) -> bool {
         }
         _ => false,
     });
-    ends == Some(true)
+    if ends == Some(true) { Unlink::Done } else { Unlink::Kernels }
 }
 
 /// SQLite is about to map a part: its pages must be there.

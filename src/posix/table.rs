@@ -153,3 +153,11 @@ pub fn remove(fd: RawFd) -> Option<Known> {
     COUNT.store(known.len() as u32, Relaxed);
     removed
 }
+
+/// One of the database's own descriptors.
+pub fn descriptor_of(database: &Database) -> Option<RawFd> {
+    let known = read();
+    let mut own =
+        known.iter().filter(|(_, k)| k.kind == Kind::Database && std::ptr::eq(&*k.database, database));
+    own.next().map(|(fd, _)| *fd)
+}

@@ -11,9 +11,10 @@ use super::table::{self, Kind};
 use crate::client::repair::Finder;
 use crate::lock::commits::Awaited;
 use crate::planted::planted;
-use nix::unistd::{fdatasync, ftruncate};
+use nix::errno::Errno;
+use nix::unistd::fdatasync;
 use std::cell::Cell;
-use std::os::fd::{BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::time::{Duration, Instant};
 
 /// How long others' sync is waited for where the WAL's descriptor is not known, so that none can be made here.
@@ -66,7 +67,7 @@ fn may_append(seat: &Seat) -> bool {
 
 fn repair(seat: &Seat, database: &Database) -> bool {
     let Some(wal) = seat.wal.descriptor() else { return false };
-    let cut = |length| ftruncate(wal, length as i64).map_err(|e| e as i32);
+    let cut = |length| cut_to(wal, length).map_err(|e| e as i32);
     let (member, owned, index) = (&seat.member, seat.exclusive.get(), seat.index.get());
     // The application's SQLite has no log for us; the broker is told.
     Finder { member, owned, index, path: &database.path.to_string_lossy(), cut: &cut, log: &|_| {} }.repair()
@@ -90,6 +91,13 @@ fn settle_all(seat: &Seat) -> bool {
     commits.pending().is_none_or(|awaited| settle(seat, awaited))
 }
 
+/// By the kernel itself: the C library's `ftruncate` is ours here, and asks for the seat that we hold.
+fn cut_to(wal: BorrowedFd, length: u64) -> nix::Result<()> {
+    // SAFETY: a call by numbers, on a descriptor that is borrowed for it.
+    let done = unsafe { libc::syscall(libc::SYS_ftruncate, wal.as_raw_fd(), length) };
+    Errno::result(done).map(drop)
+}
+
 fn settle(seat: &Seat, awaited: Awaited) -> bool {
     let Some(commits) = seat.commits() else { return false };
     if let Some(wal) = seat.wal.descriptor() {
@@ -105,16 +113,32 @@ fn settle(seat: &Seat, awaited: Awaited) -> bool {
     !commits.is_lost(awaited)
 }
 
+/// What has just been read of the database or a file beside it may be given to SQLite; or, before a write, they are still
+/// the members'.
+pub fn believes(database: &Database) -> bool {
+    database.shared().is_none_or(|s| s.believes(|| table::descriptor_of(database)))
+}
+
+/// A read has been made: whether SQLite gets it.
+pub fn is_believed(fd: RawFd) -> bool {
+    table::find(fd).is_none_or(|known| match known.kind {
+        Kind::Database => believes(&known.database) || planted("lane-page-believed"),
+        Kind::Wal => believes(&known.database) || planted("lane-frame-believed"),
+        Kind::Journal => believes(&known.database) || planted("lane-journal-believed"),
+        Kind::Shm | Kind::Plain => true,
+    })
+}
+
 /// A read that ends at `end` (not known: anywhere) is about to be made, or a write.
 pub fn may_go_on(fd: RawFd, end: Option<u64>, writes: bool) -> bool {
     let Some(known) = table::find(fd) else {
         // Inherited over a fork: nothing of the parent's is changed.
         return !writes || !table::was_inherited(fd) || planted("childs-files");
     };
+    if writes && !believes(&known.database) {
+        return false;
+    }
     let done = known.database.with(|seat| {
-        if !seat.member.is_whole() {
-            return false;
-        }
         match known.kind {
             Kind::Database if !writes => locks::no_hot_journal(seat),
             Kind::Wal if writes => return may_append(seat),

@@ -7,7 +7,7 @@ use super::hold::Hold;
 use crate::planted::planted;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 /// `PENDING_BYTE` (os.h); RESERVED is the byte after it, the SHARED range the 510 bytes after that.
 const DATABASE_BYTES: (i64, i64) = (0x4000_0000, 512);
@@ -150,13 +150,14 @@ impl Gate {
 
 /// Whether a gate stands on the database, seen through `fd`.
 ///
-/// Asked as a process-associated lock, which conflicts with an OFD lock even on the same description.
+/// Asked as a process-associated lock, which conflicts with an OFD lock even on the same description. Asked of the kernel
+/// itself: under `turnstile run` the C library's `fcntl` is ours, and asks who holds what we hold while we ask.
 pub fn stands(fd: impl AsFd) -> bool {
     let mut seen = flock(libc::F_WRLCK, DATABASE_BYTES);
-    match fcntl(&fd, FcntlArg::F_GETLK(&mut seen)) {
-        Ok(_) => is_gate(&seen, DATABASE_BYTES),
-        Err(_) => false,
-    }
+    let fd = fd.as_fd().as_raw_fd();
+    // SAFETY: the descriptor is borrowed for the call, the lock is ours.
+    let done = unsafe { libc::syscall(libc::SYS_fcntl, fd, libc::F_GETLK, &raw mut seen) };
+    done == 0 && is_gate(&seen, DATABASE_BYTES)
 }
 
 /// The pid of a process with a lock on the database that is no gate, seen through `fd`; 0 if it is of another pid namespace,

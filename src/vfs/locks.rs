@@ -7,6 +7,7 @@ use super::methods::real;
 use super::wrapped::{Kind, Wrapped};
 use crate::client::Lost;
 use crate::lock::{Ask, FileLevel, Release, Request, Verdict};
+use crate::planted::planted;
 use libsqlite3_sys as ffi;
 use std::ffi::c_int;
 use std::time::Duration;
@@ -170,7 +171,11 @@ pub fn check_reserved(file: File, w: &mut Wrapped, out: &mut c_int) -> c_int {
             // would find out (os_unix.c knows the race as ticket 3883): BUSY beside other readers.
             let gone = !reserved && !main.journal_exists();
             *out = c_int::from(reserved || gone);
-            ffi::SQLITE_OK
+            // Else it would take a plain client's journal for a dead member's.
+            match main.believes() || planted("reserved-believed") {
+                true => ffi::SQLITE_OK,
+                false => ffi::SQLITE_IOERR_CHECKRESERVEDLOCK,
+            }
         }
         Err(Lost) => ffi::SQLITE_IOERR_CHECKRESERVEDLOCK,
     }

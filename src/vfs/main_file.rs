@@ -18,6 +18,7 @@ use crate::segment::wal_index::{Header, WalIndex};
 use crate::wire::message::Mode;
 use libsqlite3_sys as ffi;
 use std::ffi::{c_char, c_int};
+use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -84,6 +85,8 @@ pub struct MainFile {
     lost_said: bool,
     /// The WAL, while it is open.
     pub wal_file: Option<WalFile>,
+    /// SQLite's descriptor of the database, by which the gate is seen; -1: it has no seat.
+    pub descriptor: RawFd,
     /// The number of a commit that is published, or about to be, and not waited for yet.
     pub commit: Option<Awaited>,
     /// Its commits may share a sync.
@@ -150,6 +153,7 @@ impl MainFile {
             checked: 0,
             lost_said: false,
             wal_file: None,
+            descriptor: -1,
             commit: None,
             shares: true,
             sync_flags: 0,
@@ -200,6 +204,13 @@ impl MainFile {
     /// The seat, if locks and wal-index are the broker's.
     pub fn gated(&self) -> Option<&Member> {
         self.seat().filter(|m| m.mode() == Mode::Gated)
+    }
+
+    /// Whether what SQLite has just been answered about this database, or a file beside it, may be given to it. (Without a
+    /// lock it reads what it will look at again.)
+    #[inline]
+    pub fn believes(&self) -> bool {
+        self.level == FileLevel::None || self.gated().is_none_or(|m| m.believes(self.descriptor))
     }
 
     pub fn guest(&self) -> Option<&Member> {

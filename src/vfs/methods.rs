@@ -4,12 +4,14 @@
 use super::main_file::{MainFile, Service};
 use super::wrapped::{Kind, Wrapped};
 use super::{control, locks, open, shm, timeouts, wal};
+use crate::client::shared::Shared;
 use crate::lock::FileLevel;
 use crate::planted::planted;
-use crate::wire::message::Role;
 use libsqlite3_sys as ffi;
 use std::ffi::{c_int, c_void};
+use std::os::fd::RawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
 type File = *mut ffi::sqlite3_file;
 
@@ -45,6 +47,7 @@ pub fn table(real: &ffi::sqlite3_io_methods, kind: &Kind) -> ffi::sqlite3_io_met
     m.xWrite = Some(write);
     m.xTruncate = Some(truncate);
     m.xSync = Some(sync);
+    m.xFileSize = Some(file_size);
     if let Kind::Main(_) = kind {
         m.xRead = Some(read);
         m.xLock = Some(lock);
@@ -57,8 +60,8 @@ pub fn table(real: &ffi::sqlite3_io_methods, kind: &Kind) -> ffi::sqlite3_io_met
         m.xShmUnmap = m.xShmUnmap.and(Some(shm_unmap));
         m.xFetch = m.xFetch.and(Some(fetch));
     }
-    if let Kind::Companion { wal: Some(_), .. } = kind {
-        m.xRead = Some(read_wal);
+    if let Kind::Companion { owner: Some(_), .. } = kind {
+        m.xRead = Some(read_companion);
     }
     m
 }
@@ -140,59 +143,58 @@ unsafe extern "C" fn read(file: File, to: *mut c_void, amount: c_int, offset: i6
             return ffi::SQLITE_IOERR_FSYNC;
         }
         let rc = real!(w, xRead, ffi::SQLITE_IOERR_READ, file, to, amount, offset);
-        match after_read(w) {
-            true => rc,
-            false => ffi::SQLITE_IOERR_READ,
+        if !w.inherited()
+            && let Some(main) = main_file(w)
+        {
+            // It is the first page read after SHARED.
+            main.found_no_hot_journal();
         }
+        believed(w, planted("page-believed"), rc, ffi::SQLITE_IOERR_READ)
     })
 }
 
-unsafe extern "C" fn read_wal(file: File, to: *mut c_void, amount: c_int, offset: i64) -> c_int {
+unsafe extern "C" fn read_companion(file: File, to: *mut c_void, amount: c_int, offset: i64) -> c_int {
     call(file, ffi::SQLITE_IOERR_READ, |w| {
         if let (false, Kind::Companion { wal: Some(writes), .. }) = (w.inherited(), &w.kind)
             && !wal::wal_is_read(writes)
         {
             return ffi::SQLITE_IOERR_FSYNC;
         }
-        real!(w, xRead, ffi::SQLITE_IOERR_READ, file, to, amount, offset)
+        let rc = real!(w, xRead, ffi::SQLITE_IOERR_READ, file, to, amount, offset);
+        let wal = matches!(w.kind, Kind::Companion { wal: Some(_), .. });
+        let rule_missing = if wal { planted("frame-believed") } else { planted("journal-believed") };
+        believed(w, rule_missing, rc, ffi::SQLITE_IOERR_READ)
     })
 }
 
+unsafe extern "C" fn file_size(file: File, size: *mut i64) -> c_int {
+    call(file, ffi::SQLITE_IOERR_FSTAT, |w| {
+        let rc = real!(w, xFileSize, ffi::SQLITE_IOERR_FSTAT, file, size);
+        believed(w, planted("size-believed"), rc, ffi::SQLITE_IOERR_FSTAT)
+    })
+}
+
+/// A member's pages are not mapped, because SQLite refers to a mapped page long after it was looked at; SQLite then reads.
 unsafe extern "C" fn fetch(file: File, offset: i64, amount: c_int, to: *mut *mut c_void) -> c_int {
     call(file, ffi::SQLITE_IOERR_MMAP, |w| {
-        if !main_file(w).is_none_or(MainFile::snapshot_is_durable) {
-            return ffi::SQLITE_IOERR_FSYNC;
+        if main_file(w).is_some_and(|m| m.gated().is_some()) && !planted("pages-mapped") {
+            // SAFETY: SQLite passes a place for the pointer.
+            unsafe { *to = std::ptr::null_mut() };
+            return ffi::SQLITE_OK;
         }
-        let rc = real!(w, xFetch, ffi::SQLITE_IOERR_MMAP, file, offset, amount, to);
-        match after_read(w) {
-            true => rc,
-            false => {
-                // SAFETY: SQLite passes a place for the pointer; what was fetched is given back.
-                let fetched = unsafe { std::mem::replace(&mut *to, std::ptr::null_mut()) };
-                if !fetched.is_null() {
-                    real!(w, xUnfetch, ffi::SQLITE_OK, file, offset, fetched);
-                }
-                ffi::SQLITE_IOERR_MMAP
-            }
-        }
+        real!(w, xFetch, ffi::SQLITE_IOERR_MMAP, file, offset, amount, to)
     })
 }
 
-/// Whether what was read under this file's locks may be believed. The first page read after SHARED also tells that
-/// there was no hot journal.
-fn after_read(w: &mut Wrapped) -> bool {
-    if w.inherited() {
-        return true;
-    }
-    let Some(main) = main_file(w) else { return true };
-    main.found_no_hot_journal();
-    let Some(member) = main.gated() else { return true };
-    let trusted = match member.role() {
-        Role::ReadWrite => member.shared().is_none_or(|s| !s.poisoned()),
-        // Without the gate's descriptor it does not hold the gate up itself: is it still there?
-        Role::ReadOnly => member.is_whole(),
+/// `rc`, if what has just been read with it may be believed; else `code`.
+fn believed(w: &Wrapped, rule_missing: bool, rc: c_int, code: c_int) -> c_int {
+    let believes = match &w.kind {
+        _ if w.inherited() || rule_missing => true,
+        Kind::Main(main) => main.believes(),
+        // SAFETY: SQLite is in a call for the companion, so it is in none for the database, which is open.
+        Kind::Companion { owner, .. } => owner.is_none_or(|main| unsafe { (*main).believes() }),
     };
-    trusted || main.level == FileLevel::None
+    if believes { rc } else { code }
 }
 
 unsafe extern "C" fn write(file: File, from: *const c_void, amount: c_int, offset: i64) -> c_int {
@@ -236,22 +238,29 @@ fn refusal(w: &mut Wrapped, code: c_int) -> Option<c_int> {
     }
     let (whole, follows) = match &mut w.kind {
         Kind::Main(main) => {
+            let descriptor = main.descriptor;
             let mut checked = main.checked;
-            let shared = main.gated().and_then(|m| m.shared());
-            let whole = shared.is_none_or(|s| !s.poisoned() && s.still_ours(&mut checked));
+            let ours = main.gated().is_none_or(|m| still_members(m.shared(), descriptor, &mut checked));
             main.checked = checked;
-            (whole, true)
+            (ours, true)
         }
-        Kind::Companion { wal_of, checked, wal } => (
-            wal_of.as_ref().is_none_or(|s| !s.poisoned() && s.still_ours(checked)),
-            wal.as_ref().is_none_or(wal::may_write_wal),
-        ),
+        Kind::Companion { segment, owner, checked, wal } => {
+            // SAFETY: as in `believed`.
+            let descriptor = owner.map_or(-1, |main| unsafe { (*main).descriptor });
+            let ours = segment.is_none() || still_members(segment.as_ref(), descriptor, checked);
+            (ours, wal.as_ref().is_none_or(wal::may_write_wal))
+        }
     };
     match (whole, follows) {
         (false, _) => Some(code),
         (true, false) => Some(ffi::SQLITE_IOERR_FSYNC),
         (true, true) => None,
     }
+}
+
+/// The gate stands, and the host has left our descriptors alone.
+fn still_members(segment: Option<&Arc<Shared>>, database: RawFd, checked: &mut u64) -> bool {
+    segment.is_none_or(|s| s.believes(|| Some(database)) && s.still_ours(checked))
 }
 
 unsafe extern "C" fn lock(file: File, level: c_int) -> c_int {

@@ -7,7 +7,7 @@ use super::main_file::{MainFile, Service};
 use super::methods::guarded;
 use super::wal::WalWrites;
 use super::wal_file::WalFile;
-use super::wrapped::{Kind, Wrapped, descriptor};
+use super::wrapped::{Kind, Wrapped, descriptor, number};
 use crate::client::config::{Config, Source};
 use crate::client::fork::PerProcess;
 use crate::lock::FileLevel;
@@ -226,6 +226,10 @@ pub unsafe fn install(file: File, mut main: MainFile, name: *const c_char) {
         main.wal_name = (library.api.filename_wal)(name);
     }
     let brokered = matches!(main.service, Service::Seat(_));
+    if brokered {
+        // SAFETY: by contract; a seat was taken with what `descriptor` found.
+        main.descriptor = unsafe { number(file) };
+    }
     let mut main = Box::new(main);
     if brokered {
         let journal = main.journal_name as usize;
@@ -250,7 +254,7 @@ fn looked_at(name: *const c_char) {
     }
 }
 
-/// A journal or WAL of a brokered file is guarded against forked children, and a WAL against a lost gate.
+/// A journal or WAL of a brokered file is guarded against forked children, and against a lost gate.
 fn opened_companion(name: *const c_char, file: File, flags: c_int) {
     let names = lock(&open_files().own);
     let Some(owner) = names.iter().find(|n| n.has(name as usize)) else { return };
@@ -261,7 +265,8 @@ fn opened_companion(name: *const c_char, file: File, flags: c_int) {
         // All pages may be in the WAL, and its index a VFS's above ours: then nothing else tells.
         main.found_no_hot_journal();
     }
-    let wal_of = main.gated().filter(|_| wal).and_then(|m| m.shared().cloned());
+    let segment = main.gated().and_then(|m| m.shared().cloned());
+    let gated_by = main.gated().map(|_| owner.main);
     let wal = main.gated().filter(|_| wal).map(|_| {
         // SAFETY: SQLite's name for its WAL, which it has just opened.
         let path = Path::new(std::ffi::OsStr::from_bytes(unsafe { CStr::from_ptr(name) }.to_bytes()));
@@ -276,18 +281,23 @@ fn opened_companion(name: *const c_char, file: File, flags: c_int) {
         WalWrites::new(owner.main)
     });
     // SAFETY: just opened by the unix VFS.
-    unsafe { Wrapped::wrap(file, Kind::Companion { wal_of, checked: 0, wal }) };
+    unsafe { Wrapped::wrap(file, Kind::Companion { segment, owner: gated_by, checked: 0, wal }) };
 }
 
-/// `xDelete` of both VFSes: a forked child must not delete its parent's journal or WAL.
+/// `xDelete` of both VFSes: a forked child must not delete its parent's journal or WAL, nor a member what may be a plain
+/// client's by now.
 pub unsafe extern "C" fn delete(vfs: *mut ffi::sqlite3_vfs, name: *const c_char, sync_dir: c_int) -> c_int {
     guarded(ffi::SQLITE_IOERR_DELETE, || {
         let Some(library) = Library::of_vfs(vfs) else { return ffi::SQLITE_IOERR_DELETE };
         let Some(real_delete) = library.original.xDelete else { return ffi::SQLITE_IOERR_DELETE };
         let at = name as usize;
         let files = open_files();
-        let own = lock(&files.own).iter().any(|n| n.has(at));
-        if !own && lock(&files.inherited).iter().any(|n| n.has(at)) {
+        let owner = lock(&files.own).iter().find(|n| n.has(at)).map(|n| n.main);
+        // SAFETY: as in `looked_at`: it is the owner's connection that removes its companion.
+        if owner.is_some_and(|main| unsafe { !(*main).believes() }) && !planted("companion-deleted-blindly") {
+            return ffi::SQLITE_IOERR_DELETE;
+        }
+        if owner.is_none() && lock(&files.inherited).iter().any(|n| n.has(at)) {
             return ffi::SQLITE_OK;
         }
         // SAFETY: the callback's own arguments.

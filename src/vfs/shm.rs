@@ -104,6 +104,10 @@ fn map_gated(main: &mut MainFile, region: u32, extend: bool) -> Result<Mapped, L
         // SAFETY: the first region stays mapped until this connection leaves.
         main.wal_index = Some(unsafe { WalIndex::new(address) });
     }
+    // What the index leads to is looked after as it is read; that it is still the one that tells, is looked at here.
+    if !main.believes() {
+        return Err(Lost);
+    }
     Ok(Mapped::At(address.cast()))
 }
 

@@ -17,10 +17,11 @@ use std::sync::Arc;
 pub enum Kind {
     /// A database.
     Main(Box<MainFile>),
-    /// A rollback journal or WAL: guarded against forked children, and a WAL against writing beside plain clients
-    /// once the gate is gone.
+    /// A rollback journal or WAL: guarded against forked children, and against plain clients once the gate is gone.
     Companion {
-        wal_of: Option<Arc<Shared>>,
+        segment: Option<Arc<Shared>>,
+        /// Its database's state, if that is gated: SQLite closes it later than its companions.
+        owner: Option<*mut MainFile>,
         /// See [`Shared::still_ours`].
         checked: u64,
         /// What is written to a WAL whose locks are the broker's.
@@ -101,6 +102,15 @@ struct UnixFile {
     vfs: *mut ffi::sqlite3_vfs,
     inode: *mut c_void,
     h: c_int,
+}
+
+/// The number of an open unix file's descriptor.
+///
+/// # Safety
+/// `file` is an open file of the unix VFS for which [`descriptor`] has found one: so the layout is known.
+pub unsafe fn number(file: *mut ffi::sqlite3_file) -> c_int {
+    // SAFETY: by contract.
+    unsafe { (*file.cast::<UnixFile>()).h }
 }
 
 /// The descriptor of an open unix file, verified: the VFS field must be the VFS that opened it, and the number
