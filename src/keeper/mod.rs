@@ -74,6 +74,7 @@ impl Keeper {
                 return false;
             }
         }
+        self.store.close_elsewhere();
         self.wait();
         self.hear_broker();
         self.accept();
@@ -88,6 +89,7 @@ impl Keeper {
         let mut watched: Vec<&OwnedFd> = own.collect();
         // The broker sees to the members, if there is one.
         let timeout = match self.broker {
+            Some(_) if self.store.is_closing() => PollTimeout::from(LOOK),
             Some(_) => PollTimeout::NONE,
             None => {
                 watched.extend(self.store.watched());
@@ -179,7 +181,10 @@ impl Keeper {
             name.push(suffix);
             PathBuf::from(name)
         };
-        let lock = OpenOptions::new().write(true).custom_flags(libc::O_NOFOLLOW).open(suffixed(".lock"));
+        let lock = OpenOptions::new()
+            .write(true)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+            .open(suffixed(".lock"));
         let lock = lock.map(|file| Flock::lock(file, FlockArg::LockExclusiveNonblock));
         if let Ok(Ok(_lock)) = lock {
             let _ = fs::remove_file(suffixed(".keeper"));
