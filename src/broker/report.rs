@@ -42,6 +42,8 @@ struct UserReport {
     /// That it was the first to open.
     databases: usize,
     descriptors: usize,
+    /// Processes that what it has sent keeps from ending.
+    stuck: usize,
 }
 
 #[derive(Serialize)]
@@ -145,6 +147,7 @@ impl Server {
             sessions: self.users.sessions(uid),
             databases: self.databases.values().filter(|d| d.founder == uid).count(),
             descriptors: self.users.under_way(uid),
+            stuck: self.receivers.stuck(uid),
         }
     }
 

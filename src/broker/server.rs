@@ -195,6 +195,7 @@ impl Server {
                 tell(Phase::Stopping);
             }
             if self.may_exit(now) {
+                self.let_go_of_all();
                 return Ok(());
             }
         }
@@ -236,6 +237,7 @@ impl Server {
             self.tick(now);
             self.settle_all();
         }
+        self.close_elsewhere();
         self.keeping.watch(&self.epoll);
     }
 
@@ -303,7 +305,7 @@ impl Server {
             }
             match socket::receive_any(socket) {
                 Ok(packet) => {
-                    if let Err(reason) = self.received(id, packet, None) {
+                    if let Err(reason) = self.received(id, packet, None, None) {
                         self.end_session(id, &reason);
                         return;
                     }
@@ -365,6 +367,10 @@ impl Server {
         self.searching.reap();
         self.limit_receivers(now);
         self.limit_departures(now);
+        self.keeping.reap();
+        for (uid, socket) in self.users.spent() {
+            self.close_socket(uid, socket);
+        }
         if now.duration_since(self.last_second) >= Duration::from_secs(1) {
             self.last_second = now;
             self.users.tick();
