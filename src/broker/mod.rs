@@ -12,6 +12,7 @@
 //!   need. [`adopting`]:
 //!   what the last one left. [`returning`]: clients that had a session before. [`searching`]: for what was left to nobody,
 //!   [`found`]: and taken over. [`origin`]: what the segment says of its database.
+//! * [`shares`]: the loop's time, by users.
 //! * [`stop`]: the end. [`server`]: the loop that drives it all. [`options`]: how.
 //!
 //! One thread, no SQL. Everything that a client sent is checked before it is used.
@@ -49,6 +50,7 @@ pub mod rig;
 mod searching;
 pub mod server;
 pub mod session;
+mod shares;
 pub mod stop;
 pub mod waits;
 mod watchdog;

@@ -11,7 +11,20 @@ use crate::wire::message::{
     FromBroker, Hello, PROTOCOL_MAGIC, PROTOCOL_VERSION, Refusal, Role, SeatKey, ToBroker,
 };
 use crate::wire::socket::Packet;
-use std::time::Instant;
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+/// A lock request or a cancellation that has been read.
+pub(super) struct Asked {
+    session: u64,
+    seat: SeatKey,
+    message: ToBroker,
+    since: Instant,
+}
+
+/// How long a request waits for messages of others who have a seat in the same database and could not be served. A lock may
+/// be given back in one of them.
+const BEHIND: Duration = Duration::from_millis(20);
 
 impl Server {
     /// One packet. An error is a broken rule and ends the session.
@@ -55,7 +68,8 @@ impl Server {
             }
             (Stage::Open, request @ (ToBroker::Lock { seat, .. } | ToBroker::Cancel { seat })) => {
                 self.own(id, seat)?;
-                self.requests.push((id, request));
+                let since = Instant::now();
+                self.requests.push(Asked { session: id, seat, message: request, since });
                 Ok(())
             }
             (Stage::Open, message) => self.message(id, message),
@@ -81,18 +95,44 @@ impl Server {
         Ok(())
     }
 
-    /// Lock requests and cancellations, in the order in which they were read.
+    /// Lock requests and cancellations, in the order in which they were read, as far as their users have time left.
     pub(super) fn answer_requests(&mut self) {
-        for (id, request) in std::mem::take(&mut self.requests) {
+        let (mut later, mut put_off) = (Vec::new(), BTreeSet::new());
+        for asked in std::mem::take(&mut self.requests) {
+            let Asked { session: id, seat, .. } = asked;
             if self.sessions.get(&id).is_none_or(|s| s.stage != Stage::Open) {
                 continue;
             }
+            let uid = self.uid_of(id);
+            if put_off.contains(&id) || !self.shares.has_more(uid) || self.is_behind(&asked) {
+                put_off.insert(id);
+                later.push(asked);
+                continue;
+            }
+            let begun = Instant::now();
             // What has been given back may be wanted by somebody who came before.
-            self.settle_all();
-            if let Err(reason) = self.message(id, request) {
+            match planted("settles-all") {
+                true => self.settle_all(),
+                false => self.settle(seat.database),
+            }
+            if let Err(reason) = self.message(id, asked.message) {
                 self.end_session(id, &reason);
             }
+            self.shares.charge(uid, begun.elapsed());
         }
+        (self.requests, self.put_off) = (later, put_off);
+    }
+
+    /// Somebody else in this database has said something that could not be read in this round.
+    fn is_behind(&self, asked: &Asked) -> bool {
+        if self.passed_over.is_empty() || asked.since.elapsed() >= BEHIND {
+            return false;
+        }
+        let seats = self.databases.get(&asked.seat.database).map(|db| &db.seats);
+        seats.is_some_and(|seats| {
+            let mut others = seats.values().map(|s| s.session).filter(|s| *s != asked.session);
+            others.any(|other| self.passed_over.contains(&other))
+        })
     }
 
     fn message(&mut self, id: u64, message: ToBroker) -> Result<(), String> {
@@ -134,9 +174,7 @@ impl Server {
             }
             ToBroker::Waiting { seat } => {
                 self.own(id, seat)?;
-                if let Some(db) = self.databases.get_mut(&seat.database) {
-                    db.watch.watched = true;
-                }
+                self.watched.insert(seat.database);
                 self.look_for_cycle(seat, Instant::now());
                 Ok(())
             }
@@ -146,8 +184,12 @@ impl Server {
                 }
                 Ok(())
             }
-            // What it is about is looked at in each turn of the loop.
-            ToBroker::Kick { .. } => Ok(()),
+            ToBroker::Kick { database } => {
+                if self.databases.contains_key(&database) {
+                    self.touched.insert(database);
+                }
+                Ok(())
+            }
             ToBroker::AskBlocker { id: request, seat } => {
                 self.own(id, seat)?;
                 let blocker = self.blocker_of(seat);
@@ -212,6 +254,7 @@ impl Server {
         match seat {
             Some(seat) if seat.session == session => {
                 seat.heard = Instant::now();
+                self.touched.insert(key.database);
                 Ok(())
             }
             _ => Err("a seat that is not its own".into()),
@@ -262,11 +305,11 @@ impl Server {
         }
         self.leave_other_turns((session, asker.0), key);
         let Some(verdict) = verdict else {
-            if let Some(db) = self.databases.get_mut(&key.database) {
-                db.watch.watched = true;
-                if let Some(seat) = db.seats.get_mut(&key.seat) {
-                    seat.request = Some(request);
-                }
+            self.watched.insert(key.database);
+            if let Some(seat) =
+                self.databases.get_mut(&key.database).and_then(|db| db.seats.get_mut(&key.seat))
+            {
+                seat.request = Some(request);
             }
             self.look_for_cycle(key, Instant::now());
             return Ok(());
@@ -289,37 +332,47 @@ impl Server {
     /// The connection asks for a lock on another file: its statement does not write the files where its turn
     /// was taken ahead and nothing followed.
     fn leave_other_turns(&mut self, connection: (u64, u64), here: SeatKey) {
-        let mut left = Vec::new();
-        for (number, db) in &self.databases {
-            let Some(holder) = db.turn().load().holder().filter(|_| *number != here.database) else {
-                continue;
-            };
-            let key = SeatKey { database: *number, seat: holder };
-            if self.connection_of(key) == Some(connection) {
-                left.push(key);
-            }
-        }
-        for key in left {
+        let Some(session) = self.sessions.get(&connection.0) else { return };
+        let elsewhere = session.seats.iter().filter(|key| key.database != here.database);
+        let holds = |key: &&SeatKey| {
+            self.databases.get(&key.database).is_some_and(|db| db.turn().load().holder() == Some(key.seat))
+        };
+        let left = elsewhere.filter(holds).filter(|key| self.connection_of(**key) == Some(connection));
+        for key in left.copied().collect::<Vec<_>>() {
             if let Ok(mut lane) = self.lane(key) {
                 lane.with(key.seat, |seat| seat.went_elsewhere());
+                self.touched.insert(key.database);
             }
         }
     }
 
-    /// Answers every waiting request that can be answered now.
-    pub(super) fn settle_all(&mut self) {
+    /// Answers every waiting request of a database that can be answered now.
+    pub(super) fn settle(&mut self, number: u32) {
+        self.touched.remove(&number);
+        let Some(db) = self.databases.get_mut(&number) else { return };
+        self.settled += 1;
         let mut answers = Vec::new();
-        for db in self.databases.values_mut() {
-            for (seat, verdict) in db.lane().settle() {
-                let Some(seat) = db.seats.get_mut(&seat) else { continue };
-                if let Some(request) = seat.request.take() {
-                    answers.push((seat.session, request, verdict));
-                }
+        for (seat, verdict) in db.lane().settle() {
+            let Some(seat) = db.seats.get_mut(&seat) else { continue };
+            if let Some(request) = seat.request.take() {
+                answers.push((seat.session, request, verdict));
             }
         }
         for (session, request, verdict) in answers {
             self.answer(session, request, verdict, false, None);
         }
+    }
+
+    /// Those in which something has happened. (Answering changes nothing in a database.)
+    pub(super) fn settle_touched(&mut self) {
+        for number in std::mem::take(&mut self.touched) {
+            self.settle(number);
+        }
+    }
+
+    fn settle_all(&mut self) {
+        let all: Vec<u32> = self.databases.keys().copied().collect();
+        all.into_iter().for_each(|number| self.settle(number));
     }
 
     fn grow_wal_index(&mut self, session: u64, request: u64, key: SeatKey, wanted: u32) {

@@ -3,7 +3,7 @@
 use super::adopting::{self, TakeoverError};
 use super::child::Checkpointer;
 use super::closed::RecentlyClosed;
-use super::database::{Database, State};
+use super::database::{Database, Identity, State};
 use super::departing::Departure;
 use super::forming::Forming;
 use super::keeping::Keeping;
@@ -12,15 +12,18 @@ use super::listen::{ListenError, Listener, Lock};
 use super::opening::{LOOK_AGAIN, Opening};
 use super::options::Options;
 use super::receiving::Receivers;
+use super::requests::Asked;
 use super::searching::Searching;
 use super::session::{Session, Stage};
-use super::waits::{Cycle, WATCH_TICK};
-use crate::wire::message::{FromBroker, HelloAnswer, PROTOCOL_MAGIC, PROTOCOL_VERSION, ToBroker};
+use super::shares::{SLICE, Shares};
+use super::waits::{Cycles, WATCH_TICK};
+use crate::planted::planted;
+use crate::wire::message::{FromBroker, HelloAnswer, PROTOCOL_MAGIC, PROTOCOL_VERSION};
 use crate::wire::socket;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -33,6 +36,9 @@ const GREETING_LIMIT: Duration = Duration::from_secs(10);
 
 /// Connections accepted, or packets of one session read, in a round of the loop: nobody keeps the others out.
 pub(super) const MOST_A_ROUND: usize = 32;
+
+/// So many events are taken at once: the more, the better it is known who waits.
+const MOST_EVENTS: usize = 1024;
 
 pub(super) const LISTENER: u64 = 0;
 const SIGNALS: u64 = 1;
@@ -68,11 +74,34 @@ pub struct Server {
     pub(super) sessions: BTreeMap<u64, Session>,
     pub(super) databases: BTreeMap<u32, Database>,
     pub(super) forming: Vec<Forming>,
+    /// By what they are: a look at all of them would be as long as others have databases.
+    pub(super) numbers: BTreeMap<Identity, u32>,
+    /// In which something has changed for which somebody may wait.
+    pub(super) touched: BTreeSet<u32>,
+    /// In which somebody has said that it waits.
+    pub(super) watched: BTreeSet<u32>,
+    /// Where the next look at those goes on.
+    pub(super) watch_from: u32,
+    pub(super) last_watch: Instant,
+    /// At which the checkpointer is at work.
+    pub(super) checkpointing: BTreeSet<u32>,
+    /// Whose members may ask for a checkpoint again at the next tick.
+    pub(super) paused: BTreeSet<u32>,
+    /// How often waiting requests of a database were looked at again.
+    pub(super) settled: u64,
+    pub(super) shares: Shares,
+    /// Sessions that were not served in this round, their user's slice being used up.
+    pub(super) passed_over: BTreeSet<u64>,
+    /// Until then sessions that have fallen silent are looked at often.
+    pub(super) silent_until: Option<Instant>,
     /// Lock requests and cancellations that have been read and not yet looked at.
-    pub(super) requests: Vec<(u64, ToBroker)>,
+    pub(super) requests: Vec<Asked>,
+    /// Sessions whose requests have been put off to another round.
+    pub(super) put_off: BTreeSet<u64>,
     /// Requests to open a wal-index that another seat's stands in the way of.
     pub(super) opening: Vec<Opening>,
-    pub(super) cycles: Vec<Cycle>,
+    pub(super) last_opening: Instant,
+    pub(super) cycles: Cycles,
     pub(super) checkpointer: Checkpointer,
     pub(super) closed: RecentlyClosed,
     pub(super) departing: Vec<Departure>,
@@ -154,9 +183,22 @@ impl Server {
             sessions: BTreeMap::new(),
             databases: BTreeMap::new(),
             forming: Vec::new(),
+            numbers: BTreeMap::new(),
+            touched: BTreeSet::new(),
+            watched: BTreeSet::new(),
+            watch_from: 0,
+            last_watch: now,
+            checkpointing: BTreeSet::new(),
+            paused: BTreeSet::new(),
+            settled: 0,
+            shares: Shares::default(),
+            passed_over: BTreeSet::new(),
+            silent_until: None,
             requests: Vec::new(),
+            put_off: BTreeSet::new(),
             opening: Vec::new(),
-            cycles: Vec::new(),
+            last_opening: now,
+            cycles: Cycles::default(),
             checkpointer: Checkpointer::default(),
             closed,
             departing: Vec::new(),
@@ -184,7 +226,7 @@ impl Server {
     }
 
     fn run(&mut self, signals: &SignalFd, tell: &dyn Fn(Phase)) -> Result<(), ServeError> {
-        let mut events = vec![EpollEvent::empty(); 128];
+        let mut events = vec![EpollEvent::empty(); MOST_EVENTS];
         let mut told = false;
         loop {
             let timeout = self.timeout(Instant::now());
@@ -207,6 +249,8 @@ impl Server {
         timeout: EpollTimeout,
         signals: Option<&SignalFd>,
     ) -> io::Result<()> {
+        self.shares.next_round(Instant::now());
+        self.passed_over.clear();
         let n = match self.epoll.wait(events, timeout) {
             Ok(n) => n,
             Err(nix::errno::Errno::EINTR) => 0,
@@ -230,16 +274,16 @@ impl Server {
         self.try_forming(now);
         self.open_waiting();
         self.watch(now);
-        self.settle_all();
         if now.duration_since(self.last_tick) >= TICK {
             self.last_tick = now;
             self.tick(now);
-            self.settle_all();
         }
+        self.settle_touched();
         self.keeping.watch(&self.epoll);
     }
 
     fn dispatch(&mut self, events: &[EpollEvent], signals: Option<&SignalFd>) {
+        let mut sessions = Vec::new();
         for event in events {
             match event.data() {
                 LISTENER => self.accept(),
@@ -248,29 +292,70 @@ impl Server {
                 CHECKPOINTER_PIDFD => self.checkpointer_died(),
                 KEEPER_SOCKET => self.keeper_event(event.events()),
                 SEARCH_SOCKET => self.search_event(),
-                key if key % KEYS == 0 => self.socket_event(key / KEYS, event.events()),
+                key if key % KEYS == 0 => sessions.push((key / KEYS, event.events())),
                 key if key % KEYS == RECEIVER => self.receiver_event(key / KEYS),
                 key => self.session_died(key / KEYS, "its process ended"),
             }
         }
+        sessions.sort_by_key(|(id, _)| self.shares.lately(self.uid_of(*id)));
+        for (id, flags) in sessions {
+            let uid = self.uid_of(id);
+            // What it has asked for comes first, in the order in which it was sent.
+            if !self.shares.has_more(uid) || self.put_off.contains(&id) {
+                self.passed_over.insert(id);
+                continue;
+            }
+            let begun = Instant::now();
+            self.socket_event(id, flags);
+            self.shares.charge(uid, begun.elapsed());
+        }
+    }
+
+    pub(super) fn uid_of(&self, session: u64) -> u32 {
+        self.sessions.get(&session).map_or(0, |s| s.peer.uid)
+    }
+
+    /// A database is there from now on.
+    pub(super) fn add_database(&mut self, number: u32, db: Database) {
+        self.numbers.insert(db.identity, number);
+        self.users.founded(db.founder);
+        self.databases.insert(number, db);
+    }
+
+    /// It is not any more.
+    pub(super) fn take_database(&mut self, number: u32) -> Option<Database> {
+        let db = self.databases.remove(&number)?;
+        self.numbers.remove(&db.identity);
+        self.users.lost(db.founder);
+        for set in [&mut self.touched, &mut self.watched, &mut self.checkpointing, &mut self.paused] {
+            set.remove(&number);
+        }
+        Some(db)
     }
 
     fn timeout(&self, now: Instant) -> EpollTimeout {
         let mut due: Option<Instant> = None;
         let mut at = |t: Instant| due = Some(due.map_or(t, |d| d.min(t)));
-        let anybody_waits = self.databases.values().any(|d| d.watch.watched);
+        let anybody_waits = !self.watched.is_empty() || !self.cycles.is_empty();
         if anybody_waits {
-            at(now + WATCH_TICK);
+            at(self.last_watch + WATCH_TICK);
         }
         if !self.opening.is_empty() {
-            at(now + LOOK_AGAIN);
+            at(self.last_opening + LOOK_AGAIN);
+        }
+        if !self.requests.is_empty() || !self.touched.is_empty() {
+            at(now);
         }
         if let Some(first) = self.forming.first() {
             at(first.next_try);
         }
-        let anybody_silent = self.sessions.values().any(|s| s.has_just_fallen_silent(now));
-        let paused = self.databases.values().any(|d| d.checkpoints.is_paused());
-        let looks = anybody_waits || anybody_silent || paused || self.deaf || !self.departing.is_empty();
+        let anybody_silent =
+            self.silent_until.is_some_and(|until| now < until || planted("silence-is-watched"));
+        let looks = anybody_waits
+            || anybody_silent
+            || !self.paused.is_empty()
+            || self.deaf
+            || !self.departing.is_empty();
         if looks || self.stopping.is_some() {
             at(self.last_tick + TICK);
         } else {
@@ -289,7 +374,13 @@ impl Server {
         if flags.contains(EpollFlags::EPOLLOUT) {
             self.flush(id);
         }
-        for _ in 0..MOST_A_ROUND {
+        let (begun, uid) = (Instant::now(), self.uid_of(id));
+        for n in 0..MOST_A_ROUND {
+            // What a round has read of it is charged by the caller.
+            if n != 0 && (begun.elapsed() >= SLICE || !self.shares.has_more(uid)) {
+                self.passed_over.insert(id);
+                return;
+            }
             let Some(socket) = self.sessions.get(&id).and_then(|s| s.socket.as_ref()) else { return };
             if self.is_foreign(id) {
                 match socket::has_descriptors(socket) {
@@ -383,15 +474,27 @@ impl Server {
         }
         self.clear_what_left();
         self.offer_adopted();
-        self.databases.values_mut().for_each(Database::resume_checkpoints);
-        for db in self.databases.values() {
-            if let State::Gated { gate, segment } = &db.state
-                && !gate.stands()
-                && !segment.control.poisoned()
-            {
+        for number in std::mem::take(&mut self.paused) {
+            if let Some(db) = self.databases.get_mut(&number) {
+                db.resume_checkpoints();
+            }
+        }
+        self.look_at_gates(now);
+    }
+
+    fn look_at_gates(&mut self, now: Instant) {
+        for (number, db) in &self.databases {
+            let State::Gated { gate, segment } = &db.state else { continue };
+            if !self.shares.looks_at_gate(db.founder, *number, now) {
+                continue;
+            }
+            let begun = Instant::now();
+            if !gate.stands() && !segment.control.poisoned() {
                 tracing::error!(database = ?db.identity, "somebody unlocked the gate: the segment is poisoned");
                 segment.control.poison();
             }
+            self.shares.looked_at_gate(db.founder, begun.elapsed());
         }
+        self.shares.end_looks(now);
     }
 }

@@ -2,6 +2,7 @@
 
 use super::database::Database;
 use super::server::Server;
+use super::shares::SLICE;
 use crate::lock::queue::blockers;
 use crate::lock::turn::Word;
 use crate::lock::unused::{Unused, unused, uses};
@@ -11,7 +12,7 @@ use crate::segment::atomic::SeqCst;
 use crate::segment::futex;
 use crate::segment::layout::PARKED;
 use crate::wire::message::{Blocker, SeatKey};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
 /// How many seats are looked at to find a cycle; a longer one ends at its waiters' limits.
@@ -44,11 +45,23 @@ pub struct Cycle {
     seen: Instant,
 }
 
+/// Those that have to be looked at, the next one first.
+#[derive(Default)]
+pub struct Cycles {
+    line: VecDeque<Cycle>,
+    /// Their starts.
+    known: BTreeSet<SeatKey>,
+}
+
+impl Cycles {
+    pub fn is_empty(&self) -> bool {
+        self.line.is_empty()
+    }
+}
+
 /// What has been seen of a database in which somebody waits.
 #[derive(Debug, Default)]
 pub struct Watch {
-    /// Somebody has said that it waits.
-    pub watched: bool,
     /// A turn that is not in use, and since when it looks like that.
     unused: Option<(Unused, Instant)>,
     /// Nanoseconds that its thread had been on a processor when it became suspect; `None` inside: the kernel does
@@ -59,19 +72,36 @@ pub struct Watch {
 }
 
 impl Server {
-    /// Looks at every database in which somebody waits.
+    /// Looks at every database in which somebody waits; at those of one user for a slice of the time, and at the others of
+    /// its the next time.
     pub(super) fn watch(&mut self, now: Instant) {
+        if now.saturating_duration_since(self.last_watch) < WATCH_TICK {
+            return;
+        }
+        self.last_watch = now;
         self.break_cycles(now);
-        let watched: Vec<u32> =
-            self.databases.iter().filter(|(_, d)| d.watch.watched).map(|(n, _)| *n).collect();
-        for number in watched {
+        let (before, after): (Vec<u32>, Vec<u32>) =
+            self.watched.iter().partition(|number| **number < self.watch_from);
+        let (mut spent, mut left_out) = (BTreeMap::<u32, Duration>::new(), None);
+        for number in after.into_iter().chain(before) {
+            let Some(founder) = self.databases.get(&number).map(|db| db.founder) else { continue };
+            let spent = spent.entry(founder).or_default();
+            if *spent >= SLICE {
+                left_out.get_or_insert(number);
+                continue;
+            }
+            let begun = Instant::now();
             self.judge_holder(number, now);
             let Some(db) = self.databases.get_mut(&number) else { continue };
             keep_line_moving(db, now);
-            if db.waiting().next().is_none() {
+            if db.waiting().next().is_none() && !db.lane().somebody_waits() {
                 db.watch = Watch::default();
+                self.watched.remove(&number);
             }
+            self.settle(number);
+            *spent += begun.elapsed();
         }
+        self.watch_from = left_out.unwrap_or(0);
     }
 
     /// Takes unused turns back from threads that have been running, not from those that wait for a processor:
@@ -126,26 +156,29 @@ impl Server {
 
     /// The seat has begun to wait. If that closes a cycle, it is the youngest waiter of it, and will yield.
     pub(super) fn look_for_cycle(&mut self, start: SeatKey, now: Instant) {
-        let known = self.cycles.iter().any(|c| c.start == start);
-        if !known && !planted("cycles-wait") {
-            self.cycles.push(Cycle { start, path: Vec::new(), seen: now });
+        if !planted("cycles-wait") && self.cycles.known.insert(start) {
+            self.cycles.line.push_back(Cycle { start, path: Vec::new(), seen: now });
         }
     }
 
     /// Ends the cycles that have stood still. What is read in the segments changes while it is read: a holder that
     /// has just given its turn to a waiter and waits itself looks like a cycle, for a moment.
     fn break_cycles(&mut self, now: Instant) {
-        let mut cycles = std::mem::take(&mut self.cycles).into_iter();
         let mut looks = ROUND_LOOKS;
-        while looks >= CYCLE_LOOKS
-            && let Some(cycle) = cycles.next()
-        {
+        for _ in 0..self.cycles.line.len() {
+            if looks < CYCLE_LOOKS {
+                return;
+            }
+            let Some(cycle) = self.cycles.line.pop_front() else { return };
             let mut left = CYCLE_LOOKS;
             let path = self.cycle(cycle.start, &mut left);
             looks -= CYCLE_LOOKS - left;
-            let Some(path) = path else { continue };
+            let Some(path) = path else {
+                self.cycles.known.remove(&cycle.start);
+                continue;
+            };
             if path != cycle.path {
-                self.cycles.push(Cycle { path, seen: now, ..cycle });
+                self.cycles.line.push_back(Cycle { path, seen: now, ..cycle });
                 continue;
             }
             // The youngest yields; the others were seen waiting when it was looked at.
@@ -153,10 +186,11 @@ impl Server {
             let youngest = cycle.path.iter().skip(1).all(|(key, since)| (*since, *key) <= mine);
             let stands = if youngest { CYCLE_STANDS } else { 4 * CYCLE_STANDS };
             if now.duration_since(cycle.seen) < stands {
-                self.cycles.push(cycle);
+                self.cycles.line.push_back(cycle);
                 continue;
             }
             let key = cycle.start;
+            self.cycles.known.remove(&key);
             if let Some(blocker) = self.blocker_of(key) {
                 tracing::warn!(
                     database = key.database,
@@ -171,8 +205,6 @@ impl Server {
             }
             self.end_wait(key, true);
         }
-        // In front of those that have just been looked at.
-        self.cycles.splice(0..0, cycles);
     }
 
     /// A cycle of waits through `start`: who waits for whom, each with what changes when it moves on. `looks`: how many
