@@ -4,7 +4,6 @@ say or not, and believes nobody who imitates them."""
 import array
 import contextlib
 import fcntl
-import functools
 import os
 import re
 import resource
@@ -15,7 +14,7 @@ import subprocess
 from unittest import mock
 
 import harness
-from harness import (Broker, PYTHON, connect, create, fails_without, plain, timeout, wait_until, waits)
+from harness import (Broker, PYTHON, Skip, connect, create, fails_without, plain, timeout, wait_until, waits)
 from test_broker_death import Other, keepers, kill_both, loaded, planted_build, shut_to_plain
 from test_foreign import STRANGER, as_user, root_only
 
@@ -255,8 +254,9 @@ def descriptors(pid):
 def no_room(pid):
     """No descriptor more for this process, by its limit."""
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    numbers = [int(n) for n in os.listdir(f"/proc/{pid}/fd")]
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (max(numbers) + 1, before[1]))
+    numbers = {int(n) for n in os.listdir(f"/proc/{pid}/fd")}
+    free = next(n for n in range(len(numbers) + 1) if n not in numbers)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (free, before[1]))
     try:
         yield
     finally:
@@ -301,6 +301,49 @@ def test_what_a_keeper_had_no_room_for_is_told_again():
                     broker.stop()
 
 
+def started_as(broker, uid, *before):
+    """Ends the broker and starts it again as this user's, its command behind `before`."""
+    broker.stop()
+    broker.extra["TURNSTILE_BROKER_UID"] = str(uid)
+    os.unlink(broker.socket + ".lock")
+    os.chmod(broker.dir, 0o777)
+    again_as(broker, uid, *before)
+
+
+def again_as(broker, uid, *before):
+    started = subprocess.Popen
+
+    def start(command, **options):
+        user = ["setpriv", "--reuid", str(uid), "--regid", str(uid), "--clear-groups", "--"]
+        return started([*before, *user, *command], **options)
+    with mock.patch.object(harness.subprocess, "Popen", start):
+        broker.start()
+
+
+@fails_without("hidden-is-dead")
+def test_who_is_hidden_from_the_broker_is_not_dead():
+    """A `/proc` that shows a user its own processes alone (hidepid)."""
+    root_only()
+    hidden = ["unshare", "--mount", "sh", "-c", 'mount -t proc -o hidepid=2 proc /proc && exec "$@"', "sh"]
+    if subprocess.run([*hidden, "true"], stderr=subprocess.DEVNULL).returncode:
+        raise Skip("no mount namespace")
+    with contextlib.suppress(FileNotFoundError), open("/proc/sys/kernel/yama/ptrace_scope") as scope:
+        if scope.read().strip() != "0":
+            raise Skip("a user may not trace its own processes")
+    with Broker("--everyone", "yes") as broker:
+        started_as(broker, STRANGER)
+        db = create(broker.path("app.db"))
+        os.chmod(db, 0o666)
+        with Other(db, broker, STRANGER), Other(db, broker, STRANGER + 1) as hidden_one:
+            kill_both(broker)
+            again_as(broker, STRANGER, *hidden)
+            with Other(db, broker):
+                # Its seat is there, whosever it is.
+                assert len(broker.members(db)) == 3, broker.members(db)
+            hidden_one.says("INSERT INTO rows VALUES('hidden', 1)")
+            assert len(broker.members(db)) == 2, broker.members(db)
+
+
 def under_way(count):
     """Puts so many descriptors of this user's under way (unix(7), ETOOMANYREFS), where they stay."""
     ours, theirs = socket.socketpair()
@@ -314,21 +357,20 @@ def under_way(count):
 def test_what_could_not_be_sent_to_the_keeper_is_told_again():
     root_only()
     with Broker() as broker:
-        broker.stop()
-        os.unlink(broker.socket + ".lock")
-        os.chmod(broker.dir, 0o777)
-        own = functools.partial(subprocess.Popen, user=STRANGER, group=STRANGER, extra_groups=[])
-        with mock.patch.object(harness.subprocess, "Popen", own):
-            broker.start()
+        # What one user may have under way is as many as one of its processes may have open.
+        started_as(broker, STRANGER, "sh", "-c", 'ulimit -n 256 && exec "$@"', "sh")
         db = create(broker.path("app.db"))
         os.chown(db, STRANGER, STRANGER)
         with Other(db, broker, STRANGER) as member:
+            member.says("close")
+            member.says("again")  # not adopted, but opened by the extension: it leaves its checkpoints to the broker
             keeper = broker.status()["broker"]["keeper"]
             had = descriptors(keeper)
-            before = resource.prlimit(broker.pid, resource.RLIMIT_NOFILE, (256, 256))
             with as_user(STRANGER, lambda: under_way(300)) as said:
                 assert said == "ready"
-                member.says("SELECT * FROM rows")  # opens the WAL, which the keeper is to have
+                # More than a checkpoint is due for: the broker is given the WAL, which the keeper is to have.
+                member.says("WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 2000) "
+                            "INSERT INTO rows SELECT hex(randomblob(2000)), n FROM c")
                 wait_until(lambda: "told everything again" in broker.log(), what="the broker to see that it failed")
                 assert descriptors(keeper) == had
             wait_until(lambda: descriptors(keeper) > had, what="the keeper to be told")
