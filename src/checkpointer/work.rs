@@ -4,10 +4,11 @@ use memmap2::{MmapOptions, MmapRaw};
 use nix::sys::stat::fstat;
 use std::cell::{Cell, RefCell};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+use turnstile::client::belief::GateSeen;
 use turnstile::client::lane;
 use turnstile::client::shared::Futexes;
 use turnstile::lock::commits::Commits;
@@ -104,6 +105,8 @@ pub struct Work {
     pub database: OwnedFd,
     pub wal: RefCell<Option<OwnedFd>>,
     control: ControlMap,
+    /// A plain client's pages are not copied over, nor its frames copied.
+    gate: GateSeen,
     _office: Held,
     wal_index: MmapRaw,
     wal_index_fd: OwnedFd,
@@ -134,6 +137,7 @@ impl Work {
             database,
             wal: RefCell::default(),
             control,
+            gate: GateSeen::default(),
             _office: office,
             wal_index,
             wal_index_fd,
@@ -196,6 +200,7 @@ impl Work {
         let wanted = table.pending().or(table.exclusive()).is_some_and(|seat| seat != CHECKPOINTER);
         wanted && !planted("checkpoint-goes-on")
             || self.control.poisoned()
+            || !self.gate.stands(|| Some(self.database.as_raw_fd()), false)
             || self.broker.gone.load(Ordering::Acquire)
     }
 

@@ -31,7 +31,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqC
 
 /// What a process knows of the gate of one of its databases.
 #[derive(Debug, Default)]
-pub(super) struct GateSeen {
+pub struct GateSeen {
     /// The coarse clock's time when it was last seen to stand.
     at: AtomicU64,
     /// It was seen to be gone. Another one may stand there later, of another group: this stays.
@@ -45,8 +45,8 @@ impl GateSeen {
         self.gone.load(SeqCst)
     }
 
-    /// `each_time`: asks the kernel, however long ago it was asked.
-    fn stands(&self, database: impl FnOnce() -> Option<RawFd>, each_time: bool) -> bool {
+    /// Whether it stands, as far as the coarse clock tells. `each_time`: asks the kernel, however long ago it was asked.
+    pub fn stands(&self, database: impl FnOnce() -> Option<RawFd>, each_time: bool) -> bool {
         let now = futex::coarse_millis();
         if !each_time && self.at.load(Relaxed) == now || planted("gate-left-to-the-broker") {
             return true;

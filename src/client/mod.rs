@@ -15,7 +15,7 @@
 
 pub mod activity;
 pub mod autostart;
-mod belief;
+pub mod belief;
 pub mod claim;
 pub mod config;
 pub mod fork;

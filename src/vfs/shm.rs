@@ -104,11 +104,8 @@ fn map_gated(main: &mut MainFile, region: u32, extend: bool) -> Result<Mapped, L
         // SAFETY: the first region stays mapped until this connection leaves.
         main.wal_index = Some(unsafe { WalIndex::new(address) });
     }
-    // What the index leads to is looked after as it is read; that it is still the one that tells, is looked at here.
-    if !main.believes() {
-        return Err(Lost);
-    }
-    Ok(Mapped::At(address.cast()))
+    // What the index leads to is looked after as it is read.
+    if main.believes() { Ok(Mapped::At(address.cast())) } else { Err(Lost) }
 }
 
 pub fn lock(file: File, w: &mut Wrapped, first: c_int, count: c_int, flags: c_int) -> c_int {

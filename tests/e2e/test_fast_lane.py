@@ -47,7 +47,8 @@ def test_an_uncontended_read_makes_no_system_call():
 
 
 def test_an_uncontended_write_asks_nobody():
-    """It writes the WAL, and looks once whether its descriptors are still its own. No lock, no message, no wake-up."""
+    """It writes the WAL, looks once whether its descriptors are still its own, and once a clock tick at most whether the
+    gate still stands. No lock, no message, no wake-up."""
     skip_without("strace")
     with Broker() as broker:
         db = create(broker.path("app.db"))
@@ -57,6 +58,8 @@ def test_an_uncontended_write_asks_nobody():
         calls = between_marks(db, "write", n, lib(), broker.env)
         stat = sum(calls.pop(name, 0) for name in ("fstat", "newfstatat"))
         assert stat <= n, f"{stat} looks at descriptors in {n} transactions"
+        looks = calls.pop("fcntl", 0)
+        assert looks <= n, f"{looks} looks at the gate in {n} transactions"
         assert set(calls) <= {"pwrite64", "pread64"}, calls
         holder.close()
 
