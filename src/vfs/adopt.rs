@@ -52,7 +52,7 @@ pub fn all_checkpointed_by_broker(library: &Library, db: *mut ffi::sqlite3) -> b
                 (*file).pMethods.is_null() // in memory, or temporary
                 || Wrapped::is_wrapped(file)
                     && matches!(&Wrapped::of(file).kind, Kind::Main(main)
-                        if main.gated().is_some_and(|m| m.checkpointed_by_broker()))
+                        if main.checkpointed_by_broker())
             }
         })
 }

@@ -6,6 +6,9 @@
 //! SQLite's, and 0 if it is not. (`sqlite3_wal_hook` would replace what it is to look at.) When the application asks or
 //! sets by that pragma, it finds its own number; the next statement that writes looks again.
 //!
+//! A connection in `locking_mode=EXCLUSIVE` locks the broker's checkpointer out, so it has its own number back: at that
+//! pragma, and whenever it is found to keep EXCLUSIVE.
+//!
 //! Not when the connection opens: SQLite sets its default after the auto-extensions. At the start of a statement that
 //! writes, from its trace: no call of the VFS is running then, and a statement may be prepared.
 
@@ -159,6 +162,20 @@ impl Member {
 }
 
 impl MainFile {
+    /// The broker checkpoints this database, and this connection lets it.
+    pub fn checkpointed_by_broker(&self) -> bool {
+        let kept = self.keeps_exclusive && !planted("exclusive-left-to-the-broker");
+        !kept && self.gated().is_some_and(Member::checkpointed_by_broker)
+    }
+
+    /// EXCLUSIVE was had as `locking_mode=EXCLUSIVE` takes it, or given back: who checkpoints changes.
+    pub fn exclusive_is_kept(&mut self, kept: bool) {
+        self.keeps_exclusive = kept;
+        if let Some(note) = self.note() {
+            note.automatic.look_again();
+        }
+    }
+
     /// A write lock has just been given back: whether the WAL is due for a checkpoint.
     #[inline]
     pub fn wal_has_grown(&mut self) {

@@ -7,6 +7,7 @@ use super::statement::Connection;
 use super::timeouts;
 use super::wrapped::{Kind, Wrapped};
 use crate::lock::{Ask, Release, Request, Slots, Verdict, slot};
+use crate::planted::planted;
 use crate::wire::message::{Mode, Role};
 use libsqlite3_sys as ffi;
 use serde::Serialize;
@@ -104,7 +105,10 @@ pub unsafe fn before_pragma(file: *mut ffi::sqlite3_file, args: *mut *mut c_char
     // SAFETY: by contract; the second is the pragma's name.
     let (name, w) = unsafe { (CStr::from_ptr(*args.add(1)), Wrapped::of(file)) };
     let Kind::Main(main) = &w.kind else { return };
-    if !name.to_bytes().eq_ignore_ascii_case(b"wal_autocheckpoint") || w.inherited() {
+    // `locking_mode`: the number is the application's own from here on, also where no trace tells of later statements.
+    let exclusive =
+        name.to_bytes().eq_ignore_ascii_case(b"locking_mode") && !planted("exclusive-left-to-the-broker");
+    if !(exclusive || name.to_bytes().eq_ignore_ascii_case(b"wal_autocheckpoint")) || w.inherited() {
         return;
     }
     let (library, db, note) = (main.library, main.db(), main.known_note().cloned());

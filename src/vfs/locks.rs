@@ -102,6 +102,9 @@ fn try_gated(main: &mut MainFile, level: FileLevel) -> Result<c_int, Lost> {
                 main.progress();
                 main.write_begins();
             }
+            if level == FileLevel::Exclusive && main.level == FileLevel::Shared {
+                main.exclusive_is_kept(true);
+            }
             main.level = level;
             Ok(ffi::SQLITE_OK)
         }
@@ -135,6 +138,9 @@ pub fn unlock(file: File, w: &mut Wrapped, level: FileLevel) -> c_int {
         return ffi::SQLITE_OK;
     }
     let was = std::mem::replace(&mut main.level, level);
+    if main.keeps_exclusive {
+        main.exclusive_is_kept(false);
+    }
     if level == FileLevel::None {
         main.probation = false;
         main.hot_journal = false;

@@ -49,6 +49,8 @@ pub struct MainFile {
     pub activity: Activity,
 
     pub level: FileLevel,
+    /// EXCLUSIVE was had straight from SHARED: in `locking_mode=EXCLUSIVE` it is kept, and nobody else can checkpoint.
+    pub keeps_exclusive: bool,
     pub shared_slots: u8,
     pub exclusive_slots: u8,
     /// The last thing asked for was whether the file has moved: so a close begins.
@@ -133,6 +135,7 @@ impl MainFile {
             epoch: fork::epoch(),
             activity: Activity::new(database),
             level: FileLevel::None,
+            keeps_exclusive: false,
             shared_slots: 0,
             exclusive_slots: 0,
             closing: false,

@@ -1,5 +1,6 @@
 """The broker's checkpointer: WALs are copied back off the commit path, stay bounded, and are never left alone."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -7,8 +8,8 @@ import signal
 import sqlite3
 import time
 
-from harness import (Broker, SHELL, Record, Workers, acknowledged, check_rows, create, fails_without, lib,
-                     plain, run, timeout, wait_until, waits)
+from harness import (Broker, PlainShell, SHELL, Record, Workers, acknowledged, check_rows, connect, create,
+                     fails_without, lib, plain, run, timeout, wait_until, waits)
 
 FRAME = 4096 + 24
 # See LIMIT in src/checkpointer/job.rs: frames from which readers are waited for, in a turn, ever longer.
@@ -505,4 +506,125 @@ def test_a_database_with_reserved_bytes_is_left_to_its_members():
         state = checkpoints(broker, path)
         assert state["by"] == "members" and "reserved" in state["reason"], state
         assert longest < 5000, longest
+        db.close()
+
+
+# --- whoever takes the automatic checkpoints away makes them, in every mode, or gives them back ----------------------
+
+# The documented brake: a WAL of so many frames has outrun its checkpoint, and writers wait for its end.
+BRAKE = 10_000
+COMMITS = 6000
+
+
+def grown(db, path, commits=COMMITS):
+    """The longest that the WAL is over so many commits of one page each and more."""
+    longest = 0
+    for seq in range(commits):
+        db.execute("INSERT INTO rows VALUES(0, ?, ?)", (seq, "x" * 3000))
+        if seq % 100 == 0:
+            longest = max(longest, frames(path))
+    return max(longest, frames(path))
+
+
+def alone(db, path, most=2000):
+    """Where nobody but the connection itself can checkpoint: as on plain SQLite, 1000 frames and a commit's."""
+    db.execute("PRAGMA synchronous=OFF")
+    longest = grown(db, path)
+    assert 500 < longest <= most, f"{longest} frames"
+
+
+@fails_without("exclusive-left-to-the-broker")
+def test_a_connection_in_exclusive_mode_checkpoints_for_itself():
+    """From before its first read (its index is in its own memory then), and from the middle of its life."""
+    with Broker() as broker:
+        for reads in (False, True):
+            path = made(broker, f"{reads}.db")
+            db = traced(path, broker)
+            if reads:
+                db.execute("INSERT INTO rows VALUES(1, 0, '')")
+                assert db.execute("PRAGMA wal_autocheckpoint").fetchone() == (1000,)
+                db.execute("INSERT INTO rows VALUES(1, 1, '')")
+            assert db.execute("PRAGMA locking_mode=EXCLUSIVE").fetchone() == ("exclusive",)
+            alone(db, path)
+            db.close()
+            assert plain(path, "PRAGMA integrity_check", retry=5) == [["ok"]]
+
+
+@fails_without("exclusive-left-to-the-broker")
+def test_a_connection_in_exclusive_mode_without_our_trace_checkpoints_for_itself():
+    """An application that traces statements itself has taken the place of the trace by which we hear of them."""
+    with Broker() as broker:
+        path = made(broker)
+        db = traced(path, broker)
+        db.execute("INSERT INTO rows VALUES(1, 0, '')")
+        db.set_trace_callback(lambda text: None)
+        db.execute("PRAGMA locking_mode=EXCLUSIVE")
+        alone(db, path)
+        db.close()
+
+
+def test_the_broker_checkpoints_again_when_exclusive_mode_is_left():
+    with Broker() as broker:
+        path = made(broker)
+        db = traced(path, broker)
+        db.execute("PRAGMA synchronous=NORMAL")
+        db.execute("SELECT * FROM rows").fetchall()
+        for _ in range(3):
+            assert db.execute("PRAGMA locking_mode=EXCLUSIVE").fetchone() == ("exclusive",)
+            length = frames(path)  # a WAL that begins anew keeps its length
+            longest = grown(db, path, 5000)
+            assert longest <= max(2000, length), (longest, length)
+            assert db.execute("PRAGMA locking_mode=NORMAL").fetchone() == ("normal",)
+            before = checkpoints(broker, path)["done"]
+            longest = grown(db, path, 3000)
+            assert longest <= BRAKE + 1000, longest
+            wait_until(lambda: checkpoints(broker, path)["done"] > before, what="the broker's checkpoint")
+        db.close()
+
+
+def test_an_exclusive_connection_that_the_extension_adopted_checkpoints_for_itself():
+    with Broker() as broker:
+        path = made(broker)
+        db = connect(path, broker=broker, mode="gated")
+        db.execute("PRAGMA locking_mode=EXCLUSIVE")
+        alone(db, path)
+        db.close()
+
+
+def test_members_checkpoint_where_the_broker_does_not():
+    """Without a checkpointer, and as guests; adopted connections and others."""
+    for arguments, guest in (["--no-checkpointer"], False), ([], True):
+        with Broker(*arguments) as broker:
+            for adopted in (False, True):
+                path = made(broker, f"{adopted}.db")
+                with contextlib.ExitStack() as stack:
+                    if guest:
+                        shell = stack.enter_context(PlainShell(path))
+                        shell.run("SELECT count(*) FROM rows")
+                    db = connect(path, broker=broker) if adopted else traced(path, broker)
+                    alone(db, path)
+                    db.close()
+
+
+def test_the_wal_is_bounded_by_the_brake_where_the_broker_checkpoints():
+    with Broker() as broker:
+        for adopted in (False, True):
+            path = made(broker, f"{adopted}.db")
+            db = connect(path, broker=broker) if adopted else traced(path, broker)
+            db.execute("PRAGMA synchronous=OFF")
+            longest = grown(db, path, 15_000)
+            assert longest <= BRAKE + 1000, longest
+            db.close()
+
+
+def test_an_exclusive_connection_goes_on_checkpointing_without_a_broker():
+    with Broker() as broker:
+        path = made(broker)
+        db = traced(path, broker)
+        db.execute("INSERT INTO rows VALUES(1, 0, '')")
+        broker.kill()
+        db.execute("PRAGMA locking_mode=EXCLUSIVE")
+        alone(db, path)
+        db.execute("PRAGMA locking_mode=NORMAL")
+        alone(db, path, most=2 * 4000 + 1000)  # it finds out that the broker is gone at the next length at which it is told
         db.close()
