@@ -461,12 +461,12 @@ def plain_clients_journal(lane):
         assert plain(path, SUM + "; PRAGMA integrity_check") == [[str(TRUE)], ["ok"]]
 
 
-@fails_without("journal-believed,size-believed,companion-deleted-blindly")
+@fails_without("companion-deleted-blindly,journal-believed,size-believed")
 def test_a_plain_clients_journal_is_not_deleted():
     plain_clients_journal("vfs")
 
 
-@fails_without("lane-journal-believed,lane-journal-deleted-blindly")
+@fails_without("lane-journal-deleted-blindly,lane-journal-believed")
 def test_a_plain_clients_journal_is_not_deleted_by_sqlite_that_is_linked_in():
     plain_clients_journal("libc")
 
