@@ -331,6 +331,7 @@ def test_nothing_is_written_beside_a_plain_client_where_nobody_watches_the_gate(
                 assert plain(path, "SELECT count(*) FROM rows; PRAGMA integrity_check") == [["2"], ["ok"]]
 
 
+@fails_without("frame-believed,page-believed")
 def test_a_member_that_may_only_read_believes_nothing_after_its_group():
     """It holds no gate up. Everybody else gone, and nobody there to poison its segment, the kernel lets plain clients in."""
     with Broker("--no-checkpointer", "--no-keeper") as broker:
