@@ -4,7 +4,7 @@ use super::database::{Database, Home, Identity, Seat, Segment, State};
 use super::keeping::{Keeping, keeper_path};
 use super::liveness::{self, peer_of};
 use super::server::{KEEPER_SOCKET, Server};
-use super::session::{self, Session};
+use super::session::{self, SILENT_LOOKS, Session};
 use crate::planted::planted;
 use crate::segment::atomic::SeqCst;
 use crate::segment::gate::Gate;
@@ -275,6 +275,7 @@ impl Server {
                 false => self.watch_pidfd(id),
             }
         }
+        self.silent_until = Some(Instant::now() + SILENT_LOOKS);
         self.clear_what_left();
         self.offer_adopted();
         tracing::info!(databases = self.databases.len(), sessions = self.sessions.len(), "took over");
@@ -338,10 +339,10 @@ impl Server {
             db.checkpoints.predecessor = true;
         }
         // Whoever waits has told the last broker.
-        db.watch.watched = true;
+        self.watched.insert(number);
         let waiting: Vec<_> = db.waiting().collect();
         self.next_database = self.next_database.max(number.saturating_add(1));
-        self.databases.insert(number, db);
+        self.add_database(number, db);
         for seat in waiting {
             self.look_for_cycle(SeatKey { database: number, seat }, Instant::now());
         }
@@ -360,6 +361,7 @@ impl Server {
             let Some(db) = self.databases.get_mut(&number) else { continue };
             db.checkpoints.predecessor = false;
             db.lane().remove(CHECKPOINTER);
+            self.touched.insert(number);
             let has_wal = db.checkpoints.wal().is_some();
             if let Some(words) = db.checkpoint_words() {
                 for word in [&words.duty, &words.brake] {

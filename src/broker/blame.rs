@@ -33,7 +33,8 @@ impl Server {
     /// Whether this database's checkpoint may begin now: not beside a suspect's, and a suspect's not beside any.
     pub(super) fn may_checkpoint(&self, number: u32, now: Instant) -> bool {
         let suspect = self.databases.get(&number).is_some_and(|d| d.checkpoints.deaths.count(now) != 0);
-        let in_the_way = self.databases.values().filter_map(|d| {
+        let at_work = self.checkpointing.iter().filter_map(|number| self.databases.get(number));
+        let in_the_way = at_work.filter_map(|d| {
             let running = now.duration_since(d.checkpoints.since()?);
             Some(running < ALONE && (suspect || d.checkpoints.deaths.count(now) != 0))
         });

@@ -61,10 +61,6 @@ impl Checkpoints {
         self.is_running() || self.predecessor
     }
 
-    pub fn is_paused(&self) -> bool {
-        self.paused
-    }
-
     pub fn wal(&self) -> Option<&OwnedFd> {
         self.wal.as_ref()
     }
@@ -182,8 +178,7 @@ impl Server {
             return;
         }
         if state.wal.is_none() || state.predecessor {
-            state.paused = true; // somebody will send it, or it will end
-            return;
+            return self.pause_checkpoints(number); // somebody will send it, or it will end
         }
         if !self.may_checkpoint(number, Instant::now()) {
             return self.pause_checkpoints(number);
@@ -200,6 +195,7 @@ impl Server {
             return;
         };
         db.checkpoints.since = Some(Instant::now());
+        self.checkpointing.insert(number);
         let sent = self.checkpointer.send(&ToCheckpointer::Checkpoint { database: number }, &[]);
         self.told(sent);
     }
@@ -207,6 +203,7 @@ impl Server {
     fn pause_checkpoints(&mut self, number: u32) {
         if let Some(db) = self.databases.get_mut(&number) {
             db.checkpoints.paused = true;
+            self.paused.insert(number);
         }
     }
 
@@ -240,12 +237,14 @@ impl Server {
             match message {
                 FromCheckpointer::Done { database, outcome } => self.checkpoint_done(database, outcome),
                 FromCheckpointer::Forgotten { database } => self.checkpointer_forgot(Some(database)),
-                FromCheckpointer::Kick => {} // looked at in each turn of the loop
+                FromCheckpointer::Kick => self.touched.extend(&self.watched),
             }
         }
     }
 
     fn checkpoint_done(&mut self, number: u32, outcome: Outcome) {
+        self.checkpointing.remove(&number);
+        self.touched.insert(number);
         let Some(db) = self.databases.get_mut(&number) else { return };
         let state = &mut db.checkpoints;
         let took = state.since.take().map(|since| since.elapsed());
@@ -268,8 +267,9 @@ impl Server {
                 }
             }
         }
-        if !db.checkpoints.paused {
-            db.answer_writers();
+        match db.checkpoints.paused {
+            true => drop(self.paused.insert(number)),
+            false => db.answer_writers(),
         }
         self.drop_if_unused(number);
     }
@@ -286,6 +286,8 @@ impl Server {
         }
         let known: Vec<u32> =
             self.databases.iter().filter(|(_, d)| d.checkpoints.introduced).map(|(n, _)| *n).collect();
+        self.checkpointing.clear();
+        self.touched.extend(&known);
         for number in &known {
             let Some(db) = self.databases.get_mut(number) else { continue };
             if !planted("dead-checkpointer-keeps-locks") {

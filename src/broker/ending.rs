@@ -1,7 +1,7 @@
 //! How a session ends: it broke a rule, its socket is gone, or its process is proven dead.
 
 use super::server::Server;
-use super::session::Stage;
+use super::session::{SILENT_LOOKS, Stage};
 use crate::planted::planted;
 use std::os::fd::AsFd;
 use std::time::Instant;
@@ -26,6 +26,7 @@ impl Server {
         }
         session.stage = Stage::Silent;
         session.since = Instant::now();
+        self.silent_until = Some(session.since + SILENT_LOOKS);
         if session.seats.is_empty() {
             self.drop_session(id);
         } else if session.let_go() {

@@ -48,12 +48,29 @@ impl Forming {
 impl Server {
     /// Tries the gate of every forming database that is due.
     pub(super) fn try_forming(&mut self, now: Instant) {
+        if self.forming.first().is_none_or(|first| now < first.next_try) {
+            return;
+        }
         let (due, rest) =
             std::mem::take(&mut self.forming).into_iter().partition(|f: &Forming| now >= f.next_try);
         self.forming = rest;
-        for forming in due {
+        for mut forming in due {
+            let uid = forming.joins.first().map_or(0, |p| self.uid_of(p.session));
+            if !self.shares.has_more(uid) {
+                forming.next_try = now + GATE_RETRY;
+                self.forming.push(forming);
+                continue;
+            }
+            let begun = Instant::now();
             self.try_one(forming, now);
+            self.shares.charge(uid, begun.elapsed());
         }
+        self.forming.sort_by_key(|f| f.next_try);
+    }
+
+    /// The first try.
+    pub(super) fn try_new(&mut self, forming: Forming, now: Instant) {
+        self.try_one(forming, now);
         self.forming.sort_by_key(|f| f.next_try);
     }
 
@@ -141,7 +158,7 @@ impl Server {
         let db = Database::new(candidate.identity, founder, state);
         self.start_keeper();
         self.keeping.database(number, &db);
-        self.databases.insert(number, db);
+        self.add_database(number, db);
         self.offer_checkpoints(number);
         self.recall(number);
         number

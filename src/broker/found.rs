@@ -7,7 +7,7 @@ use super::filesystem::mount_of;
 use super::origin;
 use super::returning::is_writable;
 use super::server::Server;
-use super::session::{Session, Stage};
+use super::session::{SILENT_LOOKS, Session, Stage};
 use crate::planted::planted;
 use crate::segment::atomic::SeqCst;
 use crate::segment::gate::Gate;
@@ -17,6 +17,7 @@ use nix::sys::stat::fstat;
 use std::io;
 use std::mem;
 use std::os::fd::OwnedFd;
+use std::time::Instant;
 
 /// What a search has found.
 #[derive(Debug, Default)]
@@ -61,6 +62,7 @@ impl Server {
         for number in numbers {
             self.seat_found(number, &findings.members, findings.complete);
         }
+        self.silent_until = Some(Instant::now() + SILENT_LOOKS);
         self.clear_what_left();
         self.offer_adopted();
     }
@@ -100,7 +102,7 @@ impl Server {
     ) -> io::Result<()> {
         let st = fstat(&database)?;
         let identity = super::database::Identity { device: st.st_dev, inode: st.st_ino };
-        if self.databases.values().any(|d| d.identity == identity) {
+        if self.number_of(identity).is_some() {
             return Err(io::Error::other("it is another group's by now"));
         }
         if !is_writable(&database) {

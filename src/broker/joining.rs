@@ -65,18 +65,16 @@ impl Server {
         let limit = self.options.limits.databases;
         let mine = |p: &Pending| self.sessions.get(&p.session).is_some_and(|s| s.peer.uid == uid);
         let forming = self.forming.iter().filter(|f| f.joins.first().is_some_and(mine)).count();
-        let founded = self.databases.values().filter(|d| d.founder == uid).count();
-        if founded + forming >= limit && !planted("users-without-limit") {
+        if self.users.databases(uid) + forming >= limit && !planted("users-without-limit") {
             return Err(too_many(uid, "databases", limit, "databases"));
         }
         let now = Instant::now();
-        self.forming.push(Forming::new(pending, now));
-        self.try_forming(now);
+        self.try_new(Forming::new(pending, now), now);
         Ok(())
     }
 
     pub(super) fn number_of(&self, identity: super::database::Identity) -> Option<u32> {
-        self.databases.iter().find(|(_, d)| d.identity == identity).map(|(n, _)| *n)
+        self.numbers.get(&identity).copied()
     }
 
     /// Who may only read a database does not take all of its seats.
@@ -212,15 +210,15 @@ impl Server {
     }
 
     pub(super) fn clear_seat(&mut self, key: SeatKey) {
-        if let Some(s) = self.sessions.values_mut().find(|s| s.seats.contains(&key)) {
+        let Some(db) = self.databases.get_mut(&key.database) else { return };
+        db.lane().remove(key.seat);
+        let session = db.seats.remove(&key.seat).map(|seat| seat.session);
+        if let Some(s) = session.and_then(|session| self.sessions.get_mut(&session)) {
             s.seats.remove(&key);
             s.unclaimed.remove(&key);
         }
-        if let Some(db) = self.databases.get_mut(&key.database) {
-            db.lane().remove(key.seat);
-            db.seats.remove(&key.seat);
-            self.keeping.seat_gone(key);
-        }
+        self.keeping.seat_gone(key);
+        self.touched.insert(key.database);
     }
 
     /// Nobody is left, or only seats that rest: closed means closed.
@@ -240,7 +238,7 @@ impl Server {
             return;
         }
         let introduced = self.end_checkpoints(number);
-        if let Some(db) = self.databases.remove(&number) {
+        if let Some(db) = self.take_database(number) {
             self.closed.note(db.identity, db.checkpoint_words().map_or(0, |w| w.ended.load(SeqCst)));
             tracing::info!(database = number, "closed: its last member left");
             if let State::Gated { gate, segment } = db.state {

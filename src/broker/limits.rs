@@ -62,6 +62,8 @@ struct Unread {
 #[derive(Debug, Default)]
 struct User {
     sessions: usize,
+    /// Databases that it was the first to open.
+    databases: usize,
     unread: Vec<Unread>,
     lines: usize,
     /// Descriptors of it that must not be closed.
@@ -75,6 +77,21 @@ pub struct Users(BTreeMap<u32, User>);
 impl Users {
     pub fn sessions(&self, uid: u32) -> usize {
         self.0.get(&uid).map_or(0, |user| user.sessions)
+    }
+
+    pub fn databases(&self, uid: u32) -> usize {
+        self.0.get(&uid).map_or(0, |user| user.databases)
+    }
+
+    pub fn founded(&mut self, uid: u32) {
+        self.0.entry(uid).or_default().databases += 1;
+    }
+
+    /// A database that it was the first to open is closed.
+    pub fn lost(&mut self, uid: u32) {
+        if let Some(user) = self.0.get_mut(&uid) {
+            user.databases = user.databases.saturating_sub(1);
+        }
     }
 
     /// Descriptors that were not received when it was last looked at.
@@ -160,7 +177,7 @@ impl Users {
                 tracing::warn!(uid, "{more} more lines about this user within a second");
             }
         }
-        self.0.retain(|_, user| user.sessions + user.aside != 0 || !user.unread.is_empty());
+        self.0.retain(|_, user| user.sessions + user.databases + user.aside != 0 || !user.unread.is_empty());
     }
 }
 

@@ -12,6 +12,8 @@
 //!   need. [`adopting`]:
 //!   what the last one left. [`returning`]: clients that had a session before. [`searching`]: for what was left to nobody,
 //!   [`found`]: and taken over. [`origin`]: what the segment says of its database.
+//! * [`shares`]: the loop's time, by users. [`hearing`]: what has happened, in that order. [`settling`]: requests that are not
+//!   answered yet. [`cycles`]: those that wait for each other.
 //! * [`stop`]: the end. [`server`]: the loop that drives it all. [`options`]: how.
 //!
 //! One thread, no SQL. Everything that a client sent is checked before it is used.
@@ -22,6 +24,7 @@ mod blame;
 pub mod checkpoints;
 mod child;
 mod closed;
+mod cycles;
 pub mod database;
 mod departing;
 mod ending;
@@ -29,6 +32,7 @@ pub mod filesystem;
 pub mod foreign;
 mod forming;
 mod found;
+mod hearing;
 pub mod join;
 pub mod joining;
 pub mod keeping;
@@ -49,6 +53,8 @@ pub mod rig;
 mod searching;
 pub mod server;
 pub mod session;
+mod settling;
+mod shares;
 pub mod stop;
 pub mod waits;
 mod watchdog;

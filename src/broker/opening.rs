@@ -34,11 +34,22 @@ impl Server {
 
     /// Looks again at those that had to wait.
     pub(super) fn open_waiting(&mut self) {
+        if self.opening.is_empty() || self.last_opening.elapsed() < LOOK_AGAIN {
+            return;
+        }
+        self.last_opening = Instant::now();
         for opening in std::mem::take(&mut self.opening) {
+            let uid = self.uid_of(opening.session);
+            if !self.shares.has_more(uid) {
+                self.opening.push(opening);
+                continue;
+            }
+            let begun = Instant::now();
             if self.own(opening.session, opening.key).is_ok() {
                 let again = self.try_opening(opening);
                 self.opening.extend(again);
             }
+            self.shares.charge(uid, begun.elapsed());
         }
     }
 

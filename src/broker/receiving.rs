@@ -3,7 +3,7 @@
 //! process.
 
 use super::foreign::MOST_ASIDE;
-use super::server::{KEYS, RECEIVER, Server};
+use super::server::{KEYS, MOST_A_ROUND, RECEIVER, Server};
 use crate::wire::receiver::{Receive, Received};
 use crate::wire::socket::{self, Packet};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -105,8 +105,12 @@ impl Server {
 
     /// Something of a receiver's to read.
     pub(super) fn receiver_event(&mut self, number: u64) {
-        loop {
+        for _ in 0..MOST_A_ROUND {
             let Some(receiver) = self.receivers.running.get_mut(&number) else { return };
+            if !self.shares.has_more(receiver.uid) {
+                return;
+            }
+            let begun = Instant::now();
             let answer = socket::receive(&receiver.socket).and_then(|p| Ok((p.decode::<Received>()?, p)));
             let (answer, packet) = match answer {
                 Ok(answer) => answer,
@@ -129,6 +133,7 @@ impl Server {
             if let Err(reason) = self.received(session, whole, strange.map(|(_, why)| why)) {
                 self.end_session(session, &reason);
             }
+            self.shares.charge(uid, begun.elapsed());
         }
     }
 

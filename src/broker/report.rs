@@ -10,6 +10,7 @@ use crate::segment::layout::CHECKPOINTER;
 use crate::wire::MAX_PACKET;
 use crate::wire::message::{FromBroker, Role};
 use serde::Serialize;
+use std::collections::BTreeSet;
 use std::time::UNIX_EPOCH;
 
 #[derive(Serialize)]
@@ -33,6 +34,9 @@ struct BrokerReport {
     checkpointer: Option<u32>,
     /// The process that keeps what the next broker would need, once there is something to keep.
     keeper: Option<i32>,
+    /// How often the waiting requests of a database were looked at again: as often as something happens in one, and not the
+    /// more the more databases there are.
+    settled: u64,
 }
 
 #[derive(Serialize)]
@@ -114,9 +118,12 @@ impl Server {
         let Some(asker) = self.sessions.get(&session) else { return };
         let uid = asker.peer.uid;
         let all = uid == 0 || uid == nix::unistd::geteuid().as_raw();
-        let visible = |d: &&Database| {
-            all || d.seats.values().any(|s| self.sessions.get(&s.session).is_some_and(|s| s.peer.uid == uid))
-        };
+        // Its own are found by its sessions: others' databases are not looked through for them.
+        let own = self.sessions.values().filter(|s| !all && s.peer.uid == uid);
+        let own: BTreeSet<u32> = own.flat_map(|s| s.seats.iter().map(|key| key.database)).collect();
+        let numbers: Vec<u32> =
+            if all { self.databases.keys().copied().collect() } else { Vec::from_iter(own) };
+        let visible = numbers.iter().filter_map(|number| self.databases.get(number));
         let report = Report {
             broker: BrokerReport {
                 pid: std::process::id(),
@@ -128,8 +135,9 @@ impl Server {
                 users: self.users.uids().filter(|u| all || *u == uid).map(|u| self.user(u)).collect(),
                 checkpointer: self.checkpointer.pid(),
                 keeper: self.keeping.pid(),
+                settled: self.settled,
             },
-            databases: self.databases.values().filter(visible).map(|d| self.describe(d)).collect(),
+            databases: visible.map(|d| self.describe(d)).collect(),
         };
         let json = serde_json::to_vec(&report).unwrap_or_default();
         let mut parts = json.chunks(MAX_PACKET / 2).peekable();
@@ -143,7 +151,7 @@ impl Server {
         UserReport {
             uid,
             sessions: self.users.sessions(uid),
-            databases: self.databases.values().filter(|d| d.founder == uid).count(),
+            databases: self.users.databases(uid),
             descriptors: self.users.under_way(uid),
         }
     }

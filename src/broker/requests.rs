@@ -3,6 +3,7 @@
 use super::database::State;
 use super::server::Server;
 use super::session::Stage;
+use super::settling::Asked;
 use crate::lock::queue::Lane;
 use crate::lock::seat::begins_transaction;
 use crate::lock::{Ask, FileLevel, Request, Verdict};
@@ -55,7 +56,8 @@ impl Server {
             }
             (Stage::Open, request @ (ToBroker::Lock { seat, .. } | ToBroker::Cancel { seat })) => {
                 self.own(id, seat)?;
-                self.requests.push((id, request));
+                let since = Instant::now();
+                self.requests.push(Asked { session: id, seat, message: request, since });
                 Ok(())
             }
             (Stage::Open, message) => self.message(id, message),
@@ -81,21 +83,7 @@ impl Server {
         Ok(())
     }
 
-    /// Lock requests and cancellations, in the order in which they were read.
-    pub(super) fn answer_requests(&mut self) {
-        for (id, request) in std::mem::take(&mut self.requests) {
-            if self.sessions.get(&id).is_none_or(|s| s.stage != Stage::Open) {
-                continue;
-            }
-            // What has been given back may be wanted by somebody who came before.
-            self.settle_all();
-            if let Err(reason) = self.message(id, request) {
-                self.end_session(id, &reason);
-            }
-        }
-    }
-
-    fn message(&mut self, id: u64, message: ToBroker) -> Result<(), String> {
+    pub(super) fn message(&mut self, id: u64, message: ToBroker) -> Result<(), String> {
         match message {
             ToBroker::Lock { id: request, seat, ask, connection, thread } => {
                 self.own(id, seat)?;
@@ -134,9 +122,7 @@ impl Server {
             }
             ToBroker::Waiting { seat } => {
                 self.own(id, seat)?;
-                if let Some(db) = self.databases.get_mut(&seat.database) {
-                    db.watch.watched = true;
-                }
+                self.watched.insert(seat.database);
                 self.look_for_cycle(seat, Instant::now());
                 Ok(())
             }
@@ -146,8 +132,12 @@ impl Server {
                 }
                 Ok(())
             }
-            // What it is about is looked at in each turn of the loop.
-            ToBroker::Kick { .. } => Ok(()),
+            ToBroker::Kick { database } => {
+                if self.databases.contains_key(&database) {
+                    self.touched.insert(database);
+                }
+                Ok(())
+            }
             ToBroker::AskBlocker { id: request, seat } => {
                 self.own(id, seat)?;
                 let blocker = self.blocker_of(seat);
@@ -212,6 +202,7 @@ impl Server {
         match seat {
             Some(seat) if seat.session == session => {
                 seat.heard = Instant::now();
+                self.touched.insert(key.database);
                 Ok(())
             }
             _ => Err("a seat that is not its own".into()),
@@ -262,11 +253,11 @@ impl Server {
         }
         self.leave_other_turns((session, asker.0), key);
         let Some(verdict) = verdict else {
-            if let Some(db) = self.databases.get_mut(&key.database) {
-                db.watch.watched = true;
-                if let Some(seat) = db.seats.get_mut(&key.seat) {
-                    seat.request = Some(request);
-                }
+            self.watched.insert(key.database);
+            if let Some(seat) =
+                self.databases.get_mut(&key.database).and_then(|db| db.seats.get_mut(&key.seat))
+            {
+                seat.request = Some(request);
             }
             self.look_for_cycle(key, Instant::now());
             return Ok(());
@@ -289,36 +280,17 @@ impl Server {
     /// The connection asks for a lock on another file: its statement does not write the files where its turn
     /// was taken ahead and nothing followed.
     fn leave_other_turns(&mut self, connection: (u64, u64), here: SeatKey) {
-        let mut left = Vec::new();
-        for (number, db) in &self.databases {
-            let Some(holder) = db.turn().load().holder().filter(|_| *number != here.database) else {
-                continue;
-            };
-            let key = SeatKey { database: *number, seat: holder };
-            if self.connection_of(key) == Some(connection) {
-                left.push(key);
-            }
-        }
-        for key in left {
+        let Some(session) = self.sessions.get(&connection.0) else { return };
+        let elsewhere = session.seats.iter().filter(|key| key.database != here.database);
+        let holds = |key: &&SeatKey| {
+            self.databases.get(&key.database).is_some_and(|db| db.turn().load().holder() == Some(key.seat))
+        };
+        let left = elsewhere.filter(holds).filter(|key| self.connection_of(**key) == Some(connection));
+        for key in left.copied().collect::<Vec<_>>() {
             if let Ok(mut lane) = self.lane(key) {
                 lane.with(key.seat, |seat| seat.went_elsewhere());
+                self.touched.insert(key.database);
             }
-        }
-    }
-
-    /// Answers every waiting request that can be answered now.
-    pub(super) fn settle_all(&mut self) {
-        let mut answers = Vec::new();
-        for db in self.databases.values_mut() {
-            for (seat, verdict) in db.lane().settle() {
-                let Some(seat) = db.seats.get_mut(&seat) else { continue };
-                if let Some(request) = seat.request.take() {
-                    answers.push((seat.session, request, verdict));
-                }
-            }
-        }
-        for (session, request, verdict) in answers {
-            self.answer(session, request, verdict, false, None);
         }
     }
 

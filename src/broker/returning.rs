@@ -25,8 +25,8 @@ impl Server {
             let same = |s: &&super::session::Session| {
                 s.id != id
                     && matches!(s.stage, Stage::Open | Stage::Silent)
-                    && (s.token == token || s.is_found_as(own))
                     && (s.peer.uid, s.peer.pid) == (own.peer.uid, own.peer.pid)
+                    && (s.token == token || s.is_found_as(own))
             };
             self.sessions.values().find(same).map(|s| s.id)
         });
@@ -226,7 +226,7 @@ impl Server {
             "left to its members, none of which has come back"
         );
         self.end_checkpoints(number);
-        self.databases.remove(&number);
+        self.take_database(number);
         self.keeping.database_gone(number);
         self.departs(number, None, false);
     }

@@ -3,7 +3,8 @@
 use super::adopting::{self, TakeoverError};
 use super::child::Checkpointer;
 use super::closed::RecentlyClosed;
-use super::database::{Database, State};
+use super::cycles::Cycles;
+use super::database::{Database, Identity};
 use super::departing::Departure;
 use super::forming::Forming;
 use super::keeping::Keeping;
@@ -14,13 +15,14 @@ use super::options::Options;
 use super::receiving::Receivers;
 use super::searching::Searching;
 use super::session::{Session, Stage};
-use super::waits::{Cycle, WATCH_TICK};
-use crate::wire::message::{FromBroker, HelloAnswer, PROTOCOL_MAGIC, PROTOCOL_VERSION, ToBroker};
-use crate::wire::socket;
+use super::settling::Asked;
+use super::shares::Shares;
+use super::waits::WATCH_TICK;
+use crate::planted::planted;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -34,8 +36,11 @@ const GREETING_LIMIT: Duration = Duration::from_secs(10);
 /// Connections accepted, or packets of one session read, in a round of the loop: nobody keeps the others out.
 pub(super) const MOST_A_ROUND: usize = 32;
 
+/// So many events are taken at once: the more, the better it is known who waits.
+const MOST_EVENTS: usize = 1024;
+
 pub(super) const LISTENER: u64 = 0;
-const SIGNALS: u64 = 1;
+pub(super) const SIGNALS: u64 = 1;
 pub(super) const CHECKPOINTER_SOCKET: u64 = 2;
 pub(super) const CHECKPOINTER_PIDFD: u64 = 3;
 pub(super) const KEEPER_SOCKET: u64 = 4;
@@ -68,11 +73,34 @@ pub struct Server {
     pub(super) sessions: BTreeMap<u64, Session>,
     pub(super) databases: BTreeMap<u32, Database>,
     pub(super) forming: Vec<Forming>,
+    /// By what they are: a look at all of them would be as long as others have databases.
+    pub(super) numbers: BTreeMap<Identity, u32>,
+    /// In which something has changed for which somebody may wait.
+    pub(super) touched: BTreeSet<u32>,
+    /// In which somebody has said that it waits.
+    pub(super) watched: BTreeSet<u32>,
+    /// Where the next look at those goes on.
+    pub(super) watch_from: u32,
+    pub(super) last_watch: Instant,
+    /// At which the checkpointer is at work.
+    pub(super) checkpointing: BTreeSet<u32>,
+    /// Whose members may ask for a checkpoint again at the next tick.
+    pub(super) paused: BTreeSet<u32>,
+    /// How often waiting requests of a database were looked at again.
+    pub(super) settled: u64,
+    pub(super) shares: Shares,
+    /// Sessions that were not served in this round, their user's slice being used up.
+    pub(super) passed_over: BTreeSet<u64>,
+    /// Until then sessions that have fallen silent are looked at often.
+    pub(super) silent_until: Option<Instant>,
     /// Lock requests and cancellations that have been read and not yet looked at.
-    pub(super) requests: Vec<(u64, ToBroker)>,
+    pub(super) requests: Vec<Asked>,
+    /// Sessions whose requests have been put off to another round.
+    pub(super) put_off: BTreeSet<u64>,
     /// Requests to open a wal-index that another seat's stands in the way of.
     pub(super) opening: Vec<Opening>,
-    pub(super) cycles: Vec<Cycle>,
+    pub(super) last_opening: Instant,
+    pub(super) cycles: Cycles,
     pub(super) checkpointer: Checkpointer,
     pub(super) closed: RecentlyClosed,
     pub(super) departing: Vec<Departure>,
@@ -154,9 +182,22 @@ impl Server {
             sessions: BTreeMap::new(),
             databases: BTreeMap::new(),
             forming: Vec::new(),
+            numbers: BTreeMap::new(),
+            touched: BTreeSet::new(),
+            watched: BTreeSet::new(),
+            watch_from: 0,
+            last_watch: now,
+            checkpointing: BTreeSet::new(),
+            paused: BTreeSet::new(),
+            settled: 0,
+            shares: Shares::default(),
+            passed_over: BTreeSet::new(),
+            silent_until: None,
             requests: Vec::new(),
+            put_off: BTreeSet::new(),
             opening: Vec::new(),
-            cycles: Vec::new(),
+            last_opening: now,
+            cycles: Cycles::default(),
             checkpointer: Checkpointer::default(),
             closed,
             departing: Vec::new(),
@@ -184,7 +225,7 @@ impl Server {
     }
 
     fn run(&mut self, signals: &SignalFd, tell: &dyn Fn(Phase)) -> Result<(), ServeError> {
-        let mut events = vec![EpollEvent::empty(); 128];
+        let mut events = vec![EpollEvent::empty(); MOST_EVENTS];
         let mut told = false;
         loop {
             let timeout = self.timeout(Instant::now());
@@ -207,6 +248,8 @@ impl Server {
         timeout: EpollTimeout,
         signals: Option<&SignalFd>,
     ) -> io::Result<()> {
+        self.shares.next_round(Instant::now());
+        self.passed_over.clear();
         let n = match self.epoll.wait(events, timeout) {
             Ok(n) => n,
             Err(nix::errno::Errno::EINTR) => 0,
@@ -230,47 +273,59 @@ impl Server {
         self.try_forming(now);
         self.open_waiting();
         self.watch(now);
-        self.settle_all();
         if now.duration_since(self.last_tick) >= TICK {
             self.last_tick = now;
             self.tick(now);
-            self.settle_all();
         }
+        self.settle_touched();
         self.keeping.watch(&self.epoll);
     }
 
-    fn dispatch(&mut self, events: &[EpollEvent], signals: Option<&SignalFd>) {
-        for event in events {
-            match event.data() {
-                LISTENER => self.accept(),
-                SIGNALS => signals.into_iter().for_each(|s| self.signalled(s)),
-                CHECKPOINTER_SOCKET => self.checkpointer_event(event.events()),
-                CHECKPOINTER_PIDFD => self.checkpointer_died(),
-                KEEPER_SOCKET => self.keeper_event(event.events()),
-                SEARCH_SOCKET => self.search_event(),
-                key if key % KEYS == 0 => self.socket_event(key / KEYS, event.events()),
-                key if key % KEYS == RECEIVER => self.receiver_event(key / KEYS),
-                key => self.session_died(key / KEYS, "its process ended"),
-            }
+    pub(super) fn uid_of(&self, session: u64) -> u32 {
+        self.sessions.get(&session).map_or(0, |s| s.peer.uid)
+    }
+
+    /// A database is there from now on.
+    pub(super) fn add_database(&mut self, number: u32, db: Database) {
+        self.numbers.insert(db.identity, number);
+        self.users.founded(db.founder);
+        self.databases.insert(number, db);
+    }
+
+    /// It is not any more.
+    pub(super) fn take_database(&mut self, number: u32) -> Option<Database> {
+        let db = self.databases.remove(&number)?;
+        self.numbers.remove(&db.identity);
+        self.users.lost(db.founder);
+        for set in [&mut self.touched, &mut self.watched, &mut self.checkpointing, &mut self.paused] {
+            set.remove(&number);
         }
+        Some(db)
     }
 
     fn timeout(&self, now: Instant) -> EpollTimeout {
         let mut due: Option<Instant> = None;
         let mut at = |t: Instant| due = Some(due.map_or(t, |d| d.min(t)));
-        let anybody_waits = self.databases.values().any(|d| d.watch.watched);
+        let anybody_waits = !self.watched.is_empty() || !self.cycles.is_empty();
         if anybody_waits {
-            at(now + WATCH_TICK);
+            at(self.last_watch + WATCH_TICK);
         }
         if !self.opening.is_empty() {
-            at(now + LOOK_AGAIN);
+            at(self.last_opening + LOOK_AGAIN);
+        }
+        if !self.requests.is_empty() || !self.touched.is_empty() {
+            at(now);
         }
         if let Some(first) = self.forming.first() {
             at(first.next_try);
         }
-        let anybody_silent = self.sessions.values().any(|s| s.has_just_fallen_silent(now));
-        let paused = self.databases.values().any(|d| d.checkpoints.is_paused());
-        let looks = anybody_waits || anybody_silent || paused || self.deaf || !self.departing.is_empty();
+        let anybody_silent =
+            self.silent_until.is_some_and(|until| now < until || planted("silence-is-watched"));
+        let looks = anybody_waits
+            || anybody_silent
+            || !self.paused.is_empty()
+            || self.deaf
+            || !self.departing.is_empty();
         if looks || self.stopping.is_some() {
             at(self.last_tick + TICK);
         } else {
@@ -283,81 +338,6 @@ impl Server {
         }
         let left = due.map_or(Duration::from_secs(1), |d| d.saturating_duration_since(now));
         EpollTimeout::from(u16::try_from(left.as_micros().div_ceil(1000)).unwrap_or(1000))
-    }
-
-    fn socket_event(&mut self, id: u64, flags: EpollFlags) {
-        if flags.contains(EpollFlags::EPOLLOUT) {
-            self.flush(id);
-        }
-        for _ in 0..MOST_A_ROUND {
-            let Some(socket) = self.sessions.get(&id).and_then(|s| s.socket.as_ref()) else { return };
-            if self.is_foreign(id) {
-                match socket::has_descriptors(socket) {
-                    Ok(true) => return self.receive_elsewhere(id),
-                    // What is received next is this packet, or the end.
-                    Ok(false) => {}
-                    // What comes from now on has not been looked at.
-                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
-                    Err(_) => return self.silence(id),
-                }
-            }
-            match socket::receive_any(socket) {
-                Ok(packet) => {
-                    if let Err(reason) = self.received(id, packet, None) {
-                        self.end_session(id, &reason);
-                        return;
-                    }
-                }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
-                Err(_) => {
-                    self.silence(id);
-                    return;
-                }
-            }
-        }
-    }
-
-    pub(super) fn flush(&mut self, id: u64) {
-        let Some(session) = self.sessions.get_mut(&id) else { return };
-        let result = session.flush();
-        self.watch_for_room(id);
-        if let Err(e) = result {
-            tracing::debug!(session = id, "cannot send: {e}");
-            self.silence(id);
-        }
-    }
-
-    pub(super) fn watch_for_room(&self, id: u64) {
-        let Some(session) = self.sessions.get(&id) else { return };
-        let Some(socket) = &session.socket else { return };
-        let out = if session.has_unsent() { EpollFlags::EPOLLOUT } else { EpollFlags::empty() };
-        let _ = self.epoll.modify(socket, &mut EpollEvent::new(EpollFlags::EPOLLIN | out, id * KEYS));
-    }
-
-    /// Sends a message to a session; one that cannot be sent to loses its socket.
-    pub(super) fn send(&mut self, id: u64, message: &FromBroker) {
-        let Some(session) = self.sessions.get_mut(&id) else { return };
-        match session.send(message, &[]) {
-            Ok(()) if session.has_unsent() => self.watch_for_room(id),
-            Ok(()) => {}
-            Err(e) => {
-                tracing::debug!(session = id, "cannot send: {e}");
-                self.silence(id);
-            }
-        }
-    }
-
-    pub(super) fn greet(&mut self, id: u64, refused: Option<String>) -> Result<(), String> {
-        let answer = HelloAnswer { magic: PROTOCOL_MAGIC, version: PROTOCOL_VERSION, refused };
-        let bytes = socket::encode(&answer).map_err(|e| e.to_string())?;
-        let socket = self.sessions.get(&id).and_then(|s| s.socket.as_ref()).ok_or("gone")?;
-        socket::send(socket, &bytes, &[]).map_err(|e| e.to_string())
-    }
-
-    pub(super) fn watch_pidfd(&self, id: u64) {
-        let Some(pidfd) = self.sessions.get(&id).and_then(|s| s.peer.pidfd.as_ref()) else { return };
-        let event = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT, id * KEYS + 1);
-        let _ = self.epoll.add(pidfd, event); // EEXIST: watched since it was accepted
     }
 
     fn tick(&mut self, now: Instant) {
@@ -383,15 +363,11 @@ impl Server {
         }
         self.clear_what_left();
         self.offer_adopted();
-        self.databases.values_mut().for_each(Database::resume_checkpoints);
-        for db in self.databases.values() {
-            if let State::Gated { gate, segment } = &db.state
-                && !gate.stands()
-                && !segment.control.poisoned()
-            {
-                tracing::error!(database = ?db.identity, "somebody unlocked the gate: the segment is poisoned");
-                segment.control.poison();
+        for number in std::mem::take(&mut self.paused) {
+            if let Some(db) = self.databases.get_mut(&number) {
+                db.resume_checkpoints();
             }
         }
+        self.look_at_gates(now);
     }
 }

@@ -3,7 +3,6 @@
 use super::found::Member;
 use super::liveness::{self, Peer};
 use super::outbox::Outbox;
-use crate::planted::planted;
 use crate::segment::layout::LIVENESS_SIZE;
 use crate::segment::liveness as byte;
 use crate::segment::memfd;
@@ -21,7 +20,7 @@ use std::time::{Duration, Instant};
 const OUTBOX_LIMIT: usize = 256;
 
 /// How long a session is looked at many times a second whose socket is gone.
-const SILENT_LOOKS: Duration = Duration::from_secs(2);
+pub const SILENT_LOOKS: Duration = Duration::from_secs(2);
 
 /// A client's word, short and without control characters: it goes into other clients' errors, logs, terminals.
 pub fn printable(text: &str) -> String {
@@ -166,12 +165,6 @@ impl Session {
         self.liveness = Some(liveness);
         self.stage = Stage::Open;
         Ok(())
-    }
-
-    /// It may be about to show that it has let go of everything; later that may be seen somewhat later.
-    pub fn has_just_fallen_silent(&self, now: Instant) -> bool {
-        self.stage == Stage::Silent
-            && (now.saturating_duration_since(self.since) < SILENT_LOOKS || planted("silence-is-watched"))
     }
 
     /// Its socket is gone and its liveness byte is free: it exec'ed or closed everything; its locks go, as its

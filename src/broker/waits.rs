@@ -1,7 +1,9 @@
-//! Waits that would never end are ended: cycles, turns that nobody uses, a line that stands still.
+//! Waits that would never end are ended: turns that nobody uses, a line that stands still. ([`super::cycles`]: those that wait
+//! for each other.)
 
 use super::database::Database;
 use super::server::Server;
+use super::shares::SLICE;
 use crate::lock::queue::blockers;
 use crate::lock::turn::Word;
 use crate::lock::unused::{Unused, unused, uses};
@@ -11,16 +13,9 @@ use crate::segment::atomic::SeqCst;
 use crate::segment::futex;
 use crate::segment::layout::PARKED;
 use crate::wire::message::{Blocker, SeatKey};
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-/// How many seats are looked at to find a cycle; a longer one ends at its waiters' limits.
-const CYCLE_LOOKS: usize = 4096;
-/// The same for all waits that are looked at in one round: the others' is the next one. What seats say in the segment may
-/// be anything, and a member that has a thousand of them must not keep the broker busy.
-const ROUND_LOOKS: usize = 4 * CYCLE_LOOKS;
-/// A cycle that looks the same for so long is one.
-const CYCLE_STANDS: Duration = Duration::from_millis(12);
 /// How often a database is looked at in which somebody waits.
 pub const WATCH_TICK: Duration = Duration::from_millis(4);
 /// Nanoseconds that a suspect may run without asking for its next lock (a statement may be prepared anew in it).
@@ -36,19 +31,9 @@ const STILL: Duration = Duration::from_millis(8);
 /// Then it is somewhere else (a stopped process): the next one's.
 const ABSENT: Duration = Duration::from_millis(50);
 
-/// A wait that may be part of a cycle.
-pub struct Cycle {
-    start: SeatKey,
-    /// As it was first seen, and when. Empty: not looked at yet.
-    path: Vec<(SeatKey, u64)>,
-    seen: Instant,
-}
-
 /// What has been seen of a database in which somebody waits.
 #[derive(Debug, Default)]
 pub struct Watch {
-    /// Somebody has said that it waits.
-    pub watched: bool,
     /// A turn that is not in use, and since when it looks like that.
     unused: Option<(Unused, Instant)>,
     /// Nanoseconds that its thread had been on a processor when it became suspect; `None` inside: the kernel does
@@ -59,19 +44,36 @@ pub struct Watch {
 }
 
 impl Server {
-    /// Looks at every database in which somebody waits.
+    /// Looks at every database in which somebody waits; at those of one user for a slice of the time, and at the others of
+    /// its the next time.
     pub(super) fn watch(&mut self, now: Instant) {
+        if now.saturating_duration_since(self.last_watch) < WATCH_TICK {
+            return;
+        }
+        self.last_watch = now;
         self.break_cycles(now);
-        let watched: Vec<u32> =
-            self.databases.iter().filter(|(_, d)| d.watch.watched).map(|(n, _)| *n).collect();
-        for number in watched {
+        let (before, after): (Vec<u32>, Vec<u32>) =
+            self.watched.iter().partition(|number| **number < self.watch_from);
+        let (mut spent, mut left_out) = (BTreeMap::<u32, Duration>::new(), None);
+        for number in after.into_iter().chain(before) {
+            let Some(founder) = self.databases.get(&number).map(|db| db.founder) else { continue };
+            let spent = spent.entry(founder).or_default();
+            if *spent >= SLICE {
+                left_out.get_or_insert(number);
+                continue;
+            }
+            let begun = Instant::now();
             self.judge_holder(number, now);
             let Some(db) = self.databases.get_mut(&number) else { continue };
             keep_line_moving(db, now);
-            if db.waiting().next().is_none() {
+            if db.waiting().next().is_none() && !db.lane().somebody_waits() {
                 db.watch = Watch::default();
+                self.watched.remove(&number);
             }
+            self.settle(number);
+            *spent += begun.elapsed();
         }
+        self.watch_from = left_out.unwrap_or(0);
     }
 
     /// Takes unused turns back from threads that have been running, not from those that wait for a processor:
@@ -124,114 +126,6 @@ impl Server {
         }
     }
 
-    /// The seat has begun to wait. If that closes a cycle, it is the youngest waiter of it, and will yield.
-    pub(super) fn look_for_cycle(&mut self, start: SeatKey, now: Instant) {
-        let known = self.cycles.iter().any(|c| c.start == start);
-        if !known && !planted("cycles-wait") {
-            self.cycles.push(Cycle { start, path: Vec::new(), seen: now });
-        }
-    }
-
-    /// Ends the cycles that have stood still. What is read in the segments changes while it is read: a holder that
-    /// has just given its turn to a waiter and waits itself looks like a cycle, for a moment.
-    fn break_cycles(&mut self, now: Instant) {
-        let mut cycles = std::mem::take(&mut self.cycles).into_iter();
-        let mut looks = ROUND_LOOKS;
-        while looks >= CYCLE_LOOKS
-            && let Some(cycle) = cycles.next()
-        {
-            let mut left = CYCLE_LOOKS;
-            let path = self.cycle(cycle.start, &mut left);
-            looks -= CYCLE_LOOKS - left;
-            let Some(path) = path else { continue };
-            if path != cycle.path {
-                self.cycles.push(Cycle { path, seen: now, ..cycle });
-                continue;
-            }
-            // The youngest yields; the others were seen waiting when it was looked at.
-            let mine = (self.stamp(cycle.start), cycle.start);
-            let youngest = cycle.path.iter().skip(1).all(|(key, since)| (*since, *key) <= mine);
-            let stands = if youngest { CYCLE_STANDS } else { 4 * CYCLE_STANDS };
-            if now.duration_since(cycle.seen) < stands {
-                self.cycles.push(cycle);
-                continue;
-            }
-            let key = cycle.start;
-            if let Some(blocker) = self.blocker_of(key) {
-                tracing::warn!(
-                    database = key.database,
-                    seat = key.seat,
-                    "deadlock: a cycle of waits through {} (pid {}); the youngest waiter yields",
-                    blocker.program,
-                    blocker.pid
-                );
-            }
-            if let Some(db) = self.databases.get_mut(&key.database) {
-                db.deadlocks += 1;
-            }
-            self.end_wait(key, true);
-        }
-        // In front of those that have just been looked at.
-        self.cycles.splice(0..0, cycles);
-    }
-
-    /// A cycle of waits through `start`: who waits for whom, each with what changes when it moves on. `looks`: how many
-    /// seats may be looked at; those that were are taken off.
-    fn cycle(&self, start: SeatKey, looks: &mut usize) -> Option<Vec<(SeatKey, u64)>> {
-        let mine = self.connection_of(start)?;
-        let mut followed = BTreeSet::new();
-        // Waiters and blockers in turn, each with the one that led to it.
-        let mut steps: Vec<(SeatKey, usize)> = vec![(start, 0)];
-        let mut next = 0;
-        while next < steps.len() {
-            let waiter = steps[next].0;
-            for blocker in self.blockers(waiter) {
-                *looks = looks.checked_sub(1)?;
-                let Some(connection) = self.connection_of(blocker) else { continue };
-                if connection == mine {
-                    let mut path = vec![(blocker, self.stamp(blocker))];
-                    let mut step = next;
-                    while step != 0 {
-                        path.push((steps[step].0, self.stamp(steps[step].0)));
-                        step = steps[step].1;
-                    }
-                    path.push((start, self.stamp(start)));
-                    return Some(path);
-                }
-                // Each connection is followed once, to wherever it waits.
-                if followed.insert(connection) {
-                    self.waits_of(connection, looks, |waiter| steps.push((waiter, next)))?;
-                }
-            }
-            next += 1;
-        }
-        None
-    }
-
-    /// The seats in which a connection waits. `None`: too many to look at.
-    fn waits_of(
-        &self,
-        connection: (u64, u64),
-        looks: &mut usize,
-        mut found: impl FnMut(SeatKey),
-    ) -> Option<()> {
-        let session = self.sessions.get(&connection.0)?;
-        *looks = looks.checked_sub(session.seats.len())?;
-        for key in &session.seats {
-            let waits = self.databases.get(&key.database).is_some_and(|db| db.waits(key.seat));
-            if waits && self.connection_of(*key) == Some(connection) {
-                found(*key);
-            }
-        }
-        Some(())
-    }
-
-    /// When the seat's wait began.
-    fn stamp(&self, key: SeatKey) -> u64 {
-        let words = self.databases.get(&key.database).and_then(|d| d.table().seat(key.seat));
-        words.map_or(0, |w| w.since.load(SeqCst))
-    }
-
     /// The connection behind a seat: its session, and what it calls itself there.
     pub(super) fn connection_of(&self, key: SeatKey) -> Option<(u64, u64)> {
         let db = self.databases.get(&key.database)?;
@@ -239,7 +133,7 @@ impl Server {
         Some((db.seats.get(&key.seat)?.session, connection))
     }
 
-    fn blockers(&self, key: SeatKey) -> Vec<SeatKey> {
+    pub(super) fn blockers(&self, key: SeatKey) -> Vec<SeatKey> {
         let seats =
             self.databases.get(&key.database).map(|d| blockers(d.turn(), key.seat)).unwrap_or_default();
         seats.into_iter().map(|seat| SeatKey { database: key.database, seat }).collect()
@@ -290,7 +184,7 @@ impl Database {
         self.seats.keys().copied().filter(|seat| self.waits(*seat))
     }
 
-    fn waits(&self, seat: SeatId) -> bool {
+    pub(super) fn waits(&self, seat: SeatId) -> bool {
         self.table().seat(seat).is_some_and(|w| w.waiting.load(SeqCst) != 0)
     }
 

@@ -16,7 +16,8 @@ const STAYS: Duration = Duration::from_secs(2);
 impl Server {
     /// When the checkpointer is to be looked at.
     pub(super) fn next_look(&self) -> Option<Instant> {
-        let oldest = self.databases.values().filter_map(|d| d.checkpoints.since()).min()?;
+        let at_work = self.checkpointing.iter().filter_map(|number| self.databases.get(number));
+        let oldest = at_work.filter_map(|d| d.checkpoints.since()).min()?;
         let running = self.checkpointer.running.as_ref()?;
         Some(running.looked.map_or(oldest, |looked| looked.max(oldest)) + LOOK)
     }

@@ -127,6 +127,10 @@ impl Finder {
                     continue;
                 }
             };
+            if who.ended && !who.headless {
+                // Nobody has waited for it: it has nothing any more, and lets nobody look.
+                continue;
+            }
             let uid = who.uid;
             let spent = self.spent.get(&uid).copied().unwrap_or_default();
             if self.limited(uid, spent) || self.search.passed_over.contains(&uid) {
