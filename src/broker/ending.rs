@@ -2,6 +2,7 @@
 
 use super::server::Server;
 use super::session::{SILENT_LOOKS, Stage};
+use super::shares::SLICE;
 use crate::planted::planted;
 use std::os::fd::AsFd;
 use std::time::Instant;
@@ -45,7 +46,22 @@ impl Server {
         self.let_go_if_unclaimed(proven);
     }
 
-    pub(super) fn session_died(&mut self, id: u64, how: &str) {
+    /// Clears away the dead, as far as their users have time left: a process may leave as much behind as it likes.
+    pub(super) fn bury(&mut self) {
+        for _ in 0..self.dying.len() {
+            let Some((id, how)) = self.dying.pop_front() else { return };
+            let uid = self.uid_of(id);
+            if !self.shares.has_more(uid) {
+                self.dying.push_back((id, how));
+                continue;
+            }
+            let begun = Instant::now();
+            self.session_died(id, how);
+            self.shares.charge(uid, begun.elapsed());
+        }
+    }
+
+    pub(super) fn session_died(&mut self, id: u64, how: &'static str) {
         let Some(session) = self.sessions.get(&id) else { return };
         if planted("deaths-unnoticed") {
             return;
@@ -55,7 +71,11 @@ impl Server {
             tracing::info!(session = id, client = session.label(), seats = seats.len(), "cleared: {how}");
         }
         self.forming.iter_mut().for_each(|f| f.forget_session(id));
+        let begun = Instant::now();
         for seat in seats {
+            if begun.elapsed() >= SLICE {
+                return self.dying.push_back((id, how));
+            }
             self.remove_seat(seat);
         }
         self.drop_session(id);

@@ -235,7 +235,8 @@ mod tests {
         use nix::fcntl::{FcntlArg, fcntl};
         use nix::time::{ClockId, clock_gettime};
         let file = tempfile::tempfile().unwrap();
-        for at in 0..60_000 {
+        // From the last one: the kernel looks for the place of each from the first.
+        for at in (0..10_000).rev() {
             // SAFETY: libc::flock is plain data for which all-zero is valid.
             let mut lock: libc::flock = unsafe { std::mem::zeroed() };
             (lock.l_type, lock.l_start, lock.l_len) = (libc::F_RDLCK as i16, 2 * at, 1);
@@ -244,8 +245,8 @@ mod tests {
         crate::planted::fails_without("mounts-by-fdinfo", || {
             let spent = || Duration::from(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap());
             let begun = spent();
-            (0..10).for_each(|_| drop(mount_of(&file, std::process::id() as i32, &[]).unwrap()));
-            assert!(spent() - begun < Duration::from_millis(100), "{:?}", spent() - begun);
+            (0..5).for_each(|_| drop(mount_of(&file, std::process::id() as i32, &[]).unwrap()));
+            assert!(spent() - begun < Duration::from_millis(20), "{:?}", spent() - begun);
         });
     }
 }

@@ -25,9 +25,10 @@ impl Server {
                 SEARCH_SOCKET => self.search_event(),
                 key if key % KEYS == 0 => sessions.push((key / KEYS, event.events())),
                 key if key % KEYS == RECEIVER => self.receiver_event(key / KEYS),
-                key => self.session_died(key / KEYS, "its process ended"),
+                key => self.dying.push_back((key / KEYS, "its process ended")),
             }
         }
+        self.bury();
         sessions.sort_by_key(|(id, _)| self.shares.lately(self.uid_of(*id)));
         for (id, flags) in sessions {
             let uid = self.uid_of(id);

@@ -22,7 +22,7 @@ use crate::planted::planted;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -91,6 +91,8 @@ pub struct Server {
     pub(super) shares: Shares,
     /// Sessions that were not served in this round, their user's slice being used up.
     pub(super) passed_over: BTreeSet<u64>,
+    /// Sessions that are proven dead, and how they died.
+    pub(super) dying: VecDeque<(u64, &'static str)>,
     /// Until then sessions that have fallen silent are looked at often.
     pub(super) silent_until: Option<Instant>,
     /// Lock requests and cancellations that have been read and not yet looked at.
@@ -192,6 +194,7 @@ impl Server {
             settled: 0,
             shares: Shares::default(),
             passed_over: BTreeSet::new(),
+            dying: VecDeque::new(),
             silent_until: None,
             requests: Vec::new(),
             put_off: BTreeSet::new(),
@@ -313,7 +316,7 @@ impl Server {
         if !self.opening.is_empty() {
             at(self.last_opening + LOOK_AGAIN);
         }
-        if !self.requests.is_empty() || !self.touched.is_empty() {
+        if !self.requests.is_empty() || !self.touched.is_empty() || !self.dying.is_empty() {
             at(now);
         }
         if let Some(first) = self.forming.first() {
@@ -359,7 +362,7 @@ impl Server {
         }
         let let_go: Vec<u64> = self.sessions.values().filter(|s| s.let_go()).map(|s| s.id).collect();
         for id in let_go {
-            self.session_died(id, "it closed everything");
+            self.dying.push_back((id, "it closed everything"));
         }
         self.clear_what_left();
         self.offer_adopted();
