@@ -4,6 +4,7 @@
 
 pub mod broker;
 pub mod client;
+pub mod closing;
 pub mod lock;
 pub mod planted;
 pub mod posix;

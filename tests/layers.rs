@@ -10,7 +10,8 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("lock", &["segment", "planted"]),
     ("wire", &["lock", "segment"]),
     ("client", &["wire", "lock", "segment", "planted"]),
-    ("broker", &["wire", "lock", "segment", "planted"]),
+    ("closing.rs", &["wire"]),
+    ("broker", &["closing", "wire", "lock", "segment", "planted"]),
     ("vfs", &["client", "wire", "lock", "segment", "planted"]),
     ("posix", &["client", "wire", "lock", "segment", "planted"]),
 ];
@@ -77,7 +78,7 @@ fn unsafe_is_at_the_edges_and_explained() {
         "client/",
         "broker/liveness.rs",
         "broker/server.rs",
-        "broker/join.rs",
+        "broker/foreign.rs",
         "broker/filesystem.rs",
         "broker/database.rs",
         "wire/socket.rs",

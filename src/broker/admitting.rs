@@ -43,17 +43,21 @@ impl Server {
         let peer = liveness::peer_of(&socket)?;
         let uid = peer.uid;
         let limit = self.options.limits.sessions;
+        if self.receivers.is_outcast(uid) {
+            let reason = format!("what user {uid} has sent keeps the broker's processes from ending");
+            return self.turn_away(uid, socket, reason);
+        }
         if self.users.is_outcast(uid) {
             let reason =
                 format!("user {uid} has sent too many descriptors of filesystems that may never answer");
-            return turn_away(&socket, reason);
+            return self.turn_away(uid, socket, reason);
         }
         if self.users.sessions(uid) >= limit && !planted("users-without-limit") {
             let (_, reason) = too_many(uid, "sessions", limit, "sessions");
             if self.users.may_say(uid) {
                 tracing::warn!(uid, pid = peer.pid, "session refused: {reason}");
             }
-            return turn_away(&socket, reason);
+            return self.turn_away(uid, socket, reason);
         }
         let id = self.next_session;
         self.next_session += 1;
@@ -66,10 +70,12 @@ impl Server {
         self.sessions.insert(id, Session::new(id, socket, peer));
         Ok(())
     }
-}
 
-/// Before its hello: who is not let in is not waited for.
-fn turn_away(socket: &OwnedFd, reason: String) -> io::Result<()> {
-    let answer = HelloAnswer { magic: PROTOCOL_MAGIC, version: PROTOCOL_VERSION, refused: Some(reason) };
-    socket::send(socket, &socket::encode(&answer)?, &[])
+    /// Before its hello: who is not let in is not waited for.
+    fn turn_away(&mut self, uid: u32, socket: OwnedFd, reason: String) -> io::Result<()> {
+        let answer = HelloAnswer { magic: PROTOCOL_MAGIC, version: PROTOCOL_VERSION, refused: Some(reason) };
+        let said = socket::encode(&answer).and_then(|bytes| socket::send(&socket, &bytes, &[]));
+        self.close_socket(uid, socket);
+        said
+    }
 }

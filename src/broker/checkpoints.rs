@@ -65,6 +65,10 @@ impl Checkpoints {
         self.wal.as_ref()
     }
 
+    pub(super) fn take_wal(&mut self) -> Option<OwnedFd> {
+        self.wal.take()
+    }
+
     /// As the last broker has got it from a member.
     pub fn adopt_wal(&mut self, wal: OwnedFd) {
         self.wal = Some(wal);
@@ -130,24 +134,28 @@ impl Server {
     /// A member has opened the WAL.
     pub(super) fn wal_file(&mut self, session: u64, key: SeatKey, fds: Vec<OwnedFd>) {
         let Some(pid) = self.sessions.get(&session).map(|s| s.peer.pid) else { return };
-        let allowed = self.options.allow_unsafe;
+        let (allowed, foreign) = (self.options.allow_unsafe, self.is_foreign(session));
         let Some(db) = self.databases.get_mut(&key.database) else { return };
         let writes = db.seats.get(&key.seat).is_some_and(|s| s.role == Role::ReadWrite);
         let Some(wal) = fds.into_iter().next().filter(|_| writes && !db.is_guest()) else { return };
         if db.checkpoint_words().is_none_or(|w| w.duty.load(SeqCst) == 0) {
             return;
         }
-        // Before anybody touches it.
-        match mount_of(&wal, pid, &[]) {
-            Some(mount) if mount.is_local() || allowed => {}
-            Some(mount) => return db.leave_to_members(&mount.reason()),
-            None => return db.leave_to_members("the broker cannot tell which filesystem its WAL is on"),
+        // Before anybody touches it. Another user's was looked at by whoever received it.
+        match if foreign { None } else { Some(mount_of(&wal, pid, &[])) } {
+            None => {}
+            Some(Some(mount)) if mount.is_local() || allowed => {}
+            Some(Some(mount)) => return db.leave_to_members(&mount.reason()),
+            Some(None) => {
+                return db.leave_to_members("the broker cannot tell which filesystem its WAL is on");
+            }
         }
         self.keeping.wal(key.database, &wal);
-        db.checkpoints.wal = Some(wal);
+        let (before, founder) = (db.checkpoints.wal.replace(wal), db.founder);
         if db.checkpoints.introduced {
             self.pass_wal(key.database);
         }
+        before.into_iter().for_each(|wal| self.close(founder, wal));
     }
 
     /// Tells the checkpointer of a database and its WAL.

@@ -87,9 +87,8 @@ impl Segment {
 
     /// One that another broker has made. Fails if it is not what it should be, or that broker still looks after it.
     pub fn adopt(control_fd: OwnedFd, wal_index_fd: OwnedFd, nonce: u64) -> io::Result<Segment> {
-        let sealed = memfd::is_sealed_to(&control_fd, CONTROL_SIZE)
-            && memfd::is_sealed_to(&wal_index_fd, WAL_INDEX_SIZE);
-        if !sealed {
+        let own = memfd::is_own(&control_fd, CONTROL_SIZE) && memfd::is_own(&wal_index_fd, WAL_INDEX_SIZE);
+        if !own {
             return Err(io::Error::other("not a segment of this version"));
         }
         let control = ControlMap::open(&control_fd, nonce, true)?;
@@ -105,7 +104,7 @@ impl Segment {
         control: ControlMap,
         nonce: u64,
     ) -> io::Result<Segment> {
-        // A client may have made them: what is touched here must not need memory that is not there.
+        // A member may have punched holes into them: what is touched here must not need memory that is not there.
         memfd::allocate(&control_fd, 0, CONTROL_SIZE)?;
         memfd::allocate(&wal_index_fd, 0, REGION_SIZE)?;
         let region0 = MmapOptions::new().len(REGION_SIZE).map_raw(&wal_index_fd)?;

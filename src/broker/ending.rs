@@ -4,6 +4,7 @@ use super::server::Server;
 use super::session::{SILENT_LOOKS, Stage};
 use super::shares::SLICE;
 use crate::planted::planted;
+use nix::sys::stat::fstat;
 use std::os::fd::AsFd;
 use std::time::Instant;
 
@@ -23,8 +24,11 @@ impl Server {
         let Some(session) = self.sessions.get_mut(&id) else { return };
         if let Some(socket) = session.socket.take() {
             let _ = self.epoll.delete(socket.as_fd());
-            self.users.silenced(session, socket);
+            let uid = session.peer.uid;
+            let unused = self.users.silenced(session, socket);
+            unused.into_iter().for_each(|socket| self.close_socket(uid, socket));
         }
+        let Some(session) = self.sessions.get_mut(&id) else { return };
         session.stage = Stage::Silent;
         session.since = Instant::now();
         self.silent_until = Some(session.since + SILENT_LOOKS);
@@ -43,6 +47,10 @@ impl Server {
         if let Some(pidfd) = &session.peer.pidfd {
             let _ = self.epoll.delete(pidfd);
         }
+        // It may be larger than it looks, and take its time to be freed.
+        let uid = session.peer.uid;
+        let large = session.take_liveness().filter(|fd| !fstat(fd).is_ok_and(|st| st.st_blocks <= 8));
+        large.into_iter().for_each(|fd| self.close(uid, fd));
         self.let_go_if_unclaimed(proven);
     }
 

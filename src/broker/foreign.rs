@@ -3,25 +3,67 @@
 //! such a filesystem stays there.
 
 use super::filesystem::mount_of;
+use super::join::Refused;
 use super::server::Server;
 use super::session::Stage;
 use crate::planted::planted;
 use crate::segment::memfd;
 use crate::wire::message::{Refusal, ToBroker};
+use crate::wire::receiver::Judged;
 use crate::wire::socket::Packet;
 use nix::sys::socket::{UnixAddr, getsockname, getsockopt, sockopt::SockType};
+use std::cell::RefCell;
 use std::fs;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, OwnedFd};
+
+/// What a receiver says of a join.
+pub type JudgedJoin = Result<Judged, Refused>;
 
 /// So many are taken of one user; then it is let in no more.
 pub const MOST_ASIDE: usize = 16;
 
+thread_local! {
+    /// What was dropped and not closed, of a broker, which has one thread.
+    static DROPPED: RefCell<Vec<(u32, OwnedFd)>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Another descriptor of something that a user has sent. While it is there, no other descriptor is the last one to be closed.
+/// When it is dropped it is closed elsewhere ([`Server::close`]).
+#[derive(Debug)]
+pub struct Second {
+    uid: u32,
+    fd: ManuallyDrop<OwnedFd>,
+}
+
+impl Second {
+    pub fn of(uid: u32, fd: &OwnedFd) -> Option<Second> {
+        Some(Second { uid, fd: ManuallyDrop::new(fd.try_clone().ok()?) })
+    }
+}
+
+impl Drop for Second {
+    fn drop(&mut self) {
+        // SAFETY: it is dropped once, and not looked at any more.
+        let fd = unsafe { ManuallyDrop::take(&mut self.fd) };
+        DROPPED.with_borrow_mut(|dropped| dropped.push((self.uid, fd)));
+    }
+}
+
+pub(super) fn dropped() -> Vec<(u32, OwnedFd)> {
+    DROPPED.take()
+}
+
 impl Server {
+    /// Of root and of the broker's own user everything is taken as it comes.
+    pub(super) fn is_trusted(&self, uid: u32) -> bool {
+        uid == 0 || uid == nix::unistd::geteuid().as_raw() || self.options.allow_unsafe
+    }
+
     /// The session's packets are not to be received here if they have descriptors.
     pub(super) fn is_foreign(&self, id: u64) -> bool {
         let uid = self.sessions.get(&id).map_or(0, |s| s.peer.uid);
-        let trusted = uid == 0 || uid == nix::unistd::geteuid().as_raw() || self.options.allow_unsafe;
-        !trusted && !planted("foreign-descriptors-closed")
+        !self.is_trusted(uid) && !planted("foreign-descriptors-closed")
     }
 
     /// A packet, and why some of its descriptors have been left out. An error is a broken rule and ends the session.
@@ -30,11 +72,12 @@ impl Server {
         id: u64,
         packet: Packet,
         left_out: Option<String>,
+        judged: Option<JudgedJoin>,
     ) -> Result<(), String> {
         if packet.too_much {
             return Err("protocol: a packet too long, or with too many descriptors".into());
         }
-        let Some(reason) = left_out else { return self.packet(id, packet) };
+        let Some(reason) = left_out else { return self.packet(id, packet, judged) };
         let open = self.sessions.get(&id).is_some_and(|s| s.stage == Stage::Open);
         match packet.decode() {
             Ok(ToBroker::Join { id: request, .. }) if open => {

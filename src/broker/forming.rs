@@ -2,6 +2,7 @@
 //! are looked for.
 
 use super::database::{Database, Segment, State};
+use super::foreign::Second;
 use super::join::{Candidate, Refused};
 use super::server::Server;
 use crate::planted::planted;
@@ -24,6 +25,7 @@ pub(super) struct Pending {
     pub id: u64,
     pub join: Join,
     pub candidate: Candidate,
+    pub _seconds: Vec<Second>,
 }
 
 /// A database whose gate is being tried for.

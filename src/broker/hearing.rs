@@ -67,7 +67,7 @@ impl Server {
             }
             match socket::receive_any(socket) {
                 Ok(packet) => {
-                    if let Err(reason) = self.received(id, packet, None) {
+                    if let Err(reason) = self.received(id, packet, None, None) {
                         self.end_session(id, &reason);
                         return;
                     }

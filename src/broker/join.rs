@@ -4,12 +4,14 @@ use super::database::{Home, Identity};
 use super::filesystem::mount_of;
 use crate::planted::planted;
 use crate::segment::statx::statx;
+use crate::wire::keeper::KeptHome;
 use crate::wire::message::{Join, Refusal, Role};
-use nix::fcntl::{AtFlags, FcntlArg, OFlag, fcntl};
+use crate::wire::receiver::Judged;
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, FcntlArg, OFlag, OpenHow, ResolveFlag, fcntl, openat2};
 use nix::sys::stat::{FileStat, SFlag, fstat, fstatat};
-use std::ffi::OsStr;
+use std::ffi::{CStr, CString};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 
 /// A refusal and its sentence for people.
 pub type Refused = (Refusal, String);
@@ -24,6 +26,39 @@ pub struct Candidate {
     pub shm: Option<OwnedFd>,
     /// There is a `-shm` that the client could not open for writing, so its locks cannot be looked at.
     pub shm_unseen: bool,
+}
+
+impl Candidate {
+    /// As a receiver passes it on.
+    pub fn told(self) -> (Judged, Vec<OwnedFd>) {
+        let Home { directory, name } = self.home;
+        let judged = Judged {
+            device: self.identity.device,
+            inode: self.identity.inode,
+            role: self.role,
+            home: KeptHome { device: directory.device, inode: directory.inode, name },
+            shm: self.shm.is_some(),
+            shm_unseen: self.shm_unseen,
+        };
+        (judged, [Some(self.database), self.shm].into_iter().flatten().collect())
+    }
+
+    /// As a receiver has judged it.
+    pub fn of(judged: Judged, fds: Vec<OwnedFd>) -> Result<Candidate, Refused> {
+        let mut fds = fds.into_iter();
+        let lost = || (Refusal::Exhausted, "not all of its descriptors arrived".to_owned());
+        let database = fds.next().ok_or_else(lost)?;
+        let shm = if judged.shm { Some(fds.next().ok_or_else(lost)?) } else { None };
+        let KeptHome { device, inode, name } = judged.home;
+        Ok(Candidate {
+            identity: Identity { device: judged.device, inode: judged.inode },
+            role: judged.role,
+            home: Home { directory: Identity { device, inode }, name },
+            database,
+            shm,
+            shm_unseen: judged.shm_unseen,
+        })
+    }
 }
 
 fn identity(st: &FileStat) -> Identity {
@@ -60,9 +95,9 @@ pub fn judge(join: &Join, fds: Vec<OwnedFd>, peer_pid: i32, lenient: bool) -> Re
     }
     let home = home_of(join, &stat, &directory, mounts[0].id, mounts[1].id)?;
     let shm_name = [&home.name[..], b"-shm"].concat();
-    let there = fstatat(&directory, OsStr::from_bytes(&shm_name), AtFlags::AT_SYMLINK_NOFOLLOW).ok();
+    let there = beside(&directory, &shm_name);
     let shm = match (shm, &there) {
-        (Some(fd), Some(there)) => {
+        (Some(fd), There::File(there)) => {
             let st = fstat(&fd).map_err(|e| (BadDescriptor, format!("fstat: {e}")))?;
             if identity(&st) != identity(there) || role_of(&fd)? != Role::ReadWrite {
                 return refuse(BadDescriptor, "the -shm descriptor is not this database's -shm file");
@@ -72,7 +107,7 @@ pub fn judge(join: &Join, fds: Vec<OwnedFd>, peer_pid: i32, lenient: bool) -> Re
         // None was sent, or a plain client's last close has just removed it.
         _ => None,
     };
-    let shm_unseen = shm.is_none() && there.is_some();
+    let shm_unseen = shm.is_none() && !matches!(there, There::Nothing);
     Ok(Candidate { identity: identity(&stat), role, home, database, shm, shm_unseen })
 }
 
@@ -108,16 +143,8 @@ fn home_of(
     };
     let dir =
         fstat(directory).map_err(|e| (Refusal::BadDescriptor, format!("fstat of the directory: {e}")))?;
-    let follow = if planted("claim-follows-links") { AtFlags::empty() } else { AtFlags::AT_SYMLINK_NOFOLLOW };
-    let there = fstatat(directory, OsStr::from_bytes(&name), follow);
-    if !there.is_ok_and(|t| identity(&t) == identity(file)) {
-        let name = super::session::printable_name(&name);
-        let reason = format!(
-            "'{name}' in the directory it was opened from is not this file (moved, replaced or a link)"
-        );
-        return refuse(Refusal::UnsafePlace, reason);
-    }
-    let mounted_over = mount_of_name(directory, &name).is_some_and(|m| m != directory_mount);
+    let there = beside(directory, &name);
+    let mounted_over = matches!(there, There::AnotherMount);
     if (mounted_over || file_mount != directory_mount) && !planted("file-mounts-unseen") {
         return refuse(
             Refusal::UnsafePlace,
@@ -125,14 +152,52 @@ fn home_of(
              not find it; mount the directory instead",
         );
     }
+    if !matches!(&there, There::File(there) if identity(there) == identity(file)) {
+        let name = super::session::printable_name(&name);
+        let reason = format!(
+            "'{name}' in the directory it was opened from is not this file (moved, replaced or a link)"
+        );
+        return refuse(Refusal::UnsafePlace, reason);
+    }
     Ok(Home { directory: identity(&dir), name })
 }
 
-/// The mount of a name in a directory (`statx`, `STATX_MNT_ID`), which differs from the directory's when a file
-/// is mounted over the name.
-fn mount_of_name(directory: &OwnedFd, name: &[u8]) -> Option<u64> {
-    let name = std::ffi::CString::new(name).ok()?;
-    let flags = libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT;
-    let stx = statx(directory.as_raw_fd(), &name, flags, libc::STATX_MNT_ID)?;
-    (stx.stx_mask & libc::STATX_MNT_ID != 0).then_some(stx.stx_mnt_id)
+/// What a name in a directory leads to.
+enum There {
+    Nothing,
+    File(FileStat),
+    /// Something is mounted over it, which is not asked anything: it may be a filesystem that never answers.
+    AnotherMount,
+}
+
+/// Without following a link. (The directory itself can be kept locked, by who reads it into a page that never comes. What is
+/// in the kernel's cache, as a file that has just been opened is, is found all the same.)
+fn beside(directory: &OwnedFd, name: &[u8]) -> There {
+    let Ok(name) = CString::new(name) else { return There::Nothing };
+    let follows = planted("claim-follows-links");
+    let no_link = if follows { OFlag::empty() } else { OFlag::O_NOFOLLOW };
+    let crosses = follows || planted("file-mounts-unseen");
+    let no_mount = if crosses { ResolveFlag::empty() } else { ResolveFlag::RESOLVE_NO_XDEV };
+    let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC | no_link).resolve(no_mount);
+    match openat2(directory, name.as_c_str(), how) {
+        Ok(file) => fstat(&file).map_or(There::Nothing, There::File),
+        Err(Errno::EXDEV) => There::AnotherMount,
+        // A sandbox that does not know the call.
+        Err(Errno::ENOSYS | Errno::EPERM) => beside_by_name(directory, &name),
+        Err(_) => There::Nothing,
+    }
+}
+
+fn beside_by_name(directory: &OwnedFd, name: &CStr) -> There {
+    // STATX_MNT_ID differs from the directory's when a file is mounted over the name.
+    let mount = |name: &CStr, flags: i32| {
+        let flags = flags | libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT;
+        let stx = statx(directory.as_raw_fd(), name, flags, libc::STATX_MNT_ID)?;
+        (stx.stx_mask & libc::STATX_MNT_ID != 0).then_some(stx.stx_mnt_id)
+    };
+    match fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+        Ok(_) if mount(name, 0) != mount(c"", libc::AT_EMPTY_PATH) => There::AnotherMount,
+        Ok(st) => There::File(st),
+        Err(_) => There::Nothing,
+    }
 }

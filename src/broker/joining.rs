@@ -1,8 +1,9 @@
 //! From a judged descriptor to a seat: the gate, or guest mode when plain clients hold the file.
 
 use super::database::{Database, Seat, Segment, State};
+use super::foreign::{JudgedJoin, Second};
 use super::forming::{Forming, Pending};
-use super::join::{self, Refused};
+use super::join::{self, Candidate, Refused};
 use super::limits::{MOST_JOINS, READERS, READERS_OF_A_USER, too_many};
 use super::server::Server;
 use crate::lock::occupied::Occupied;
@@ -14,8 +15,15 @@ use std::time::{Instant, SystemTime};
 
 impl Server {
     /// A `Join` message.
-    pub(super) fn join(&mut self, session: u64, id: u64, join: Join, fds: Vec<OwnedFd>) {
-        if let Err((why, reason)) = self.try_join(session, id, join, fds) {
+    pub(super) fn join(
+        &mut self,
+        session: u64,
+        id: u64,
+        join: Join,
+        fds: Vec<OwnedFd>,
+        judged: Option<JudgedJoin>,
+    ) {
+        if let Err((why, reason)) = self.try_join(session, id, join, fds, judged) {
             self.refuse(session, id, why, reason);
         }
     }
@@ -29,7 +37,14 @@ impl Server {
         self.send(session, &FromBroker::Refused { id, why, reason });
     }
 
-    fn try_join(&mut self, session: u64, id: u64, join: Join, fds: Vec<OwnedFd>) -> Result<(), Refused> {
+    fn try_join(
+        &mut self,
+        session: u64,
+        id: u64,
+        join: Join,
+        fds: Vec<OwnedFd>,
+        judged: Option<JudgedJoin>,
+    ) -> Result<(), Refused> {
         if self.stopping.is_some() {
             return Err((Refusal::Stopping, "the broker is stopping".into()));
         }
@@ -39,7 +54,10 @@ impl Server {
         // a hostile file can hang the broker.
         let own_user = s.peer.uid == nix::unistd::geteuid().as_raw() || s.peer.uid == 0;
         let lenient = self.options.allow_unsafe || (join.allow_unsafe && own_user);
-        let candidate = join::judge(&join, fds, s.peer.pid, lenient)?;
+        let candidate = match judged {
+            Some(judged) => Candidate::of(judged?, fds)?,
+            None => join::judge(&join, fds, s.peer.pid, lenient)?,
+        };
         if lenient && join.allow_unsafe {
             tracing::warn!(
                 session,
@@ -51,7 +69,9 @@ impl Server {
         if waiting >= MOST_JOINS {
             return Err((Refusal::Exhausted, format!("{waiting} joins of this process wait already")));
         }
-        let pending = Pending { session, id, join, candidate };
+        let files = [Some(&candidate.database), candidate.shm.as_ref()].into_iter().flatten();
+        let seconds = files.filter(|_| !self.is_trusted(uid)).filter_map(|fd| Second::of(uid, fd)).collect();
+        let pending = Pending { session, id, join, candidate, _seconds: seconds };
         let identity = pending.candidate.identity;
         if let Some(number) = self.number_of(identity) {
             return self.take_seat(number, pending);
@@ -241,7 +261,7 @@ impl Server {
         if let Some(db) = self.take_database(number) {
             self.closed.note(db.identity, db.checkpoint_words().map_or(0, |w| w.ended.load(SeqCst)));
             tracing::info!(database = number, "closed: its last member left");
-            if let State::Gated { gate, segment } = db.state {
+            if let State::Gated { gate, segment } = self.close_database(db) {
                 // Processes whose seats rested have it mapped.
                 segment.control.poison();
                 gate.open();

@@ -35,6 +35,8 @@ pub struct Keeping {
     outbox: Outbox,
     /// None: it is an older broker's child.
     child: Option<Child>,
+    /// Processes that are about to end.
+    leaving: Vec<Child>,
     pid: i32,
     deaths: Vec<Instant>,
     given_up: bool,
@@ -85,6 +87,11 @@ pub fn keeper_path(broker: &Path) -> PathBuf {
 }
 
 impl Keeping {
+    /// Processes that have ended are no zombies.
+    pub fn reap(&mut self) {
+        self.leaving.retain_mut(|child| !matches!(child.try_wait(), Ok(Some(_))));
+    }
+
     pub fn is_running(&self) -> bool {
         self.socket.is_some()
     }
@@ -371,9 +378,12 @@ impl Server {
             let _ = self.epoll.delete(&socket);
         }
         if let Some(mut child) = self.keeping.child.take() {
-            // It has closed its socket, so it has ended or is about to.
+            // It has closed its socket, so it has ended or is about to. What it had may keep it.
             let _ = child.kill();
-            let _ = child.wait();
+            self.keeping.leaving.push(child);
+            if planted("keeper-waited-for") {
+                self.keeping.leaving.iter_mut().for_each(|child| drop(child.wait()));
+            }
         }
         self.keeper_answers(None);
         let now = Instant::now();

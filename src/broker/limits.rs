@@ -10,6 +10,7 @@ use crate::wire::socket;
 use nix::sys::socket::{Shutdown, shutdown};
 use serde::Serialize;
 use std::collections::BTreeMap;
+use std::mem;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 /// Descriptors that a session costs: its socket, its pidfd, its liveness memfd.
@@ -65,6 +66,7 @@ struct User {
     /// Databases that it was the first to open.
     databases: usize,
     unread: Vec<Unread>,
+    spent: Vec<OwnedFd>,
     lines: usize,
     /// Descriptors of it that must not be closed.
     aside: usize,
@@ -127,15 +129,27 @@ impl Users {
         }
     }
 
-    /// The session's socket is not used any more. It is kept while there are descriptors in it.
-    pub fn silenced(&mut self, session: &Session, socket: OwnedFd) {
-        let Some(user) = self.0.get_mut(&session.peer.uid) else { return };
+    /// The session's socket is not used any more. It is kept while there are descriptors in it that have been sent to the
+    /// session, else it comes back.
+    pub fn silenced(&mut self, session: &Session, socket: OwnedFd) -> Option<OwnedFd> {
+        let Some(user) = self.0.get_mut(&session.peer.uid) else { return Some(socket) };
         if let Some(unread) = user.unread.iter_mut().find(|u| u.session == session.id)
             && !socket::all_read(&socket)
         {
             let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
             unread.socket = Some(socket);
+            return None;
         }
+        Some(socket)
+    }
+
+    /// Sockets that were kept and need not be kept any more, with their users.
+    pub fn spent(&mut self) -> Vec<(u32, OwnedFd)> {
+        let of = |(uid, user): (&u32, &mut User)| {
+            let uid = *uid;
+            mem::take(&mut user.spent).into_iter().map(move |socket| (uid, socket))
+        };
+        self.0.iter_mut().flat_map(of).collect()
     }
 
     /// So many descriptors are about to be sent to a session. Refused if its user has too many that it does not take.
@@ -147,8 +161,13 @@ impl Users {
         limit: usize,
     ) -> Result<(), Refused> {
         let user = self.0.entry(uid).or_default();
-        user.unread.retain(|u| match &u.socket {
-            Some(socket) => !socket::all_read(socket),
+        let spent = &mut user.spent;
+        user.unread.retain_mut(|u| match &u.socket {
+            Some(socket) if !socket::all_read(socket) => true,
+            Some(_) => {
+                spent.extend(u.socket.take());
+                false
+            }
             None => sessions.get(&u.session).is_some_and(|s| !s.has_read_all()),
         });
         let under_way: usize = user.unread.iter().map(|u| u.descriptors).sum();
@@ -177,7 +196,10 @@ impl Users {
                 tracing::warn!(uid, "{more} more lines about this user within a second");
             }
         }
-        self.0.retain(|_, user| user.sessions + user.databases + user.aside != 0 || !user.unread.is_empty());
+        self.0.retain(|_, user| {
+            let has = user.sessions + user.databases + user.aside + user.spent.len();
+            has != 0 || !user.unread.is_empty()
+        });
     }
 }
 

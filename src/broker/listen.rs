@@ -2,7 +2,7 @@
 
 use crate::planted::planted;
 use crate::segment::names::Place;
-use crate::wire::socket::{new_socket, short_path};
+use crate::wire::socket::{self, new_socket, short_path};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, Flock, FlockArg, OFlag, fcntl};
 use nix::sys::socket::sockopt::{AcceptConn, SockType};
@@ -57,6 +57,7 @@ impl Lock {
             .truncate(false)
             .write(true)
             .mode(0o600)
+            // A pipe that somebody has put there would be waited for.
             .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC)
             .open(&lock_path)
             .map_err(io_error)?;
@@ -134,6 +135,11 @@ impl Listener {
 
     pub fn path(&self) -> &Path {
         &self.lock.path
+    }
+
+    /// Nobody comes in any more: those who have knocked. (The service manager's stays, with whoever waits there.)
+    pub fn end(&self) -> Vec<OwnedFd> {
+        if self.given { Vec::new() } else { socket::end_listening(&self.socket) }
     }
 
     /// No new connection finds the path after this.

@@ -68,6 +68,14 @@ pub fn pidfd_of_child(pid: i32) -> Option<OwnedFd> {
     (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
+/// A pidfd of a thread here, by its number (`PIDFD_THREAD`, Linux 6.9).
+pub fn pidfd_of_thread(thread: u32) -> Option<OwnedFd> {
+    // SAFETY: no memory is passed. PIDFD_THREAD is O_EXCL, linux/pidfd.h.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, thread, libc::O_EXCL) };
+    // SAFETY: on success a new descriptor that belongs to us.
+    (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
 /// Signals a peer: by its pidfd where there is one, so that nobody else is met who has inherited the number.
 pub fn signal(peer: &Peer, signal: nix::sys::signal::Signal) -> nix::Result<()> {
     let Some(pidfd) = &peer.pidfd else {

@@ -46,6 +46,8 @@ struct UserReport {
     /// That it was the first to open.
     databases: usize,
     descriptors: usize,
+    /// Processes that what it has sent keeps from ending.
+    stuck: usize,
 }
 
 #[derive(Serialize)]
@@ -124,6 +126,7 @@ impl Server {
         let numbers: Vec<u32> =
             if all { self.databases.keys().copied().collect() } else { Vec::from_iter(own) };
         let visible = numbers.iter().filter_map(|number| self.databases.get(number));
+        let users: BTreeSet<u32> = self.users.uids().chain(self.receivers.stuck_users()).collect();
         let report = Report {
             broker: BrokerReport {
                 pid: std::process::id(),
@@ -132,7 +135,7 @@ impl Server {
                 uptime_seconds: self.started.elapsed().as_secs(),
                 sessions: self.sessions.len(),
                 limits: self.options.limits,
-                users: self.users.uids().filter(|u| all || *u == uid).map(|u| self.user(u)).collect(),
+                users: users.into_iter().filter(|u| all || *u == uid).map(|u| self.user(u)).collect(),
                 checkpointer: self.checkpointer.pid(),
                 keeper: self.keeping.pid(),
                 settled: self.settled,
@@ -153,6 +156,7 @@ impl Server {
             sessions: self.users.sessions(uid),
             databases: self.users.databases(uid),
             descriptors: self.users.under_way(uid),
+            stuck: self.receivers.stuck(uid) + self.receivers.is_parked(uid) as usize,
         }
     }
 

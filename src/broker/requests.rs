@@ -1,6 +1,7 @@
 //! A session's messages: checked, then turned into lock requests and answers.
 
 use super::database::State;
+use super::foreign::JudgedJoin;
 use super::server::Server;
 use super::session::Stage;
 use super::settling::Asked;
@@ -16,7 +17,12 @@ use std::time::Instant;
 
 impl Server {
     /// One packet. An error is a broken rule and ends the session.
-    pub(super) fn packet(&mut self, id: u64, packet: Packet) -> Result<(), String> {
+    pub(super) fn packet(
+        &mut self,
+        id: u64,
+        packet: Packet,
+        judged: Option<JudgedJoin>,
+    ) -> Result<(), String> {
         let stage = self.sessions.get(&id).map(|s| s.stage).ok_or("gone")?;
         if packet.fds_lost {
             return Err("descriptors that could not be received".into());
@@ -41,7 +47,7 @@ impl Server {
                 Ok(())
             }
             (Stage::Open, ToBroker::Join { id: request, join }) => {
-                self.join(id, request, join, packet.fds);
+                self.join(id, request, join, packet.fds, judged);
                 Ok(())
             }
             (Stage::Open, ToBroker::HandBack { id: request, database, nonce, home }) => {

@@ -59,6 +59,7 @@ impl Server {
         // It is in the table again for as long as it takes to be dropped as any other.
         if let Some(socket) = old.socket.take() {
             let _ = self.epoll.delete(&socket);
+            self.close_socket(old.peer.uid, socket);
         }
         self.sessions.insert(before, old);
         self.drop_session(before);
@@ -154,7 +155,7 @@ impl Server {
         if let Some(db) = self.databases.get(&number) {
             // Another member of it was first: this one proves that it is one.
             let State::Gated { segment, .. } = &db.state else { return Err(io::ErrorKind::NotFound.into()) };
-            if !memfd::is_sealed_to(&control, CONTROL_SIZE) {
+            if !memfd::is_own(&control, CONTROL_SIZE) {
                 return Err(io::Error::other("not a segment of this version"));
             }
             let (ours, theirs) = (fstat(&segment.control_fd)?, fstat(&control)?);
@@ -171,8 +172,8 @@ impl Server {
         let database = gate.ok_or_else(|| io::Error::other("it does not hold its gate"))?;
         let Some(session) = self.sessions.get(&id) else { return Err(io::ErrorKind::NotFound.into()) };
         let uid = session.peer.uid;
-        // The filesystem first, as for a join.
-        if !self.options.allow_unsafe {
+        // The filesystem first, as for a join. (Another user's was looked at by whoever received it.)
+        if !self.is_foreign(id) && !self.options.allow_unsafe {
             match mount_of(&database, session.peer.pid, &[]) {
                 Some(mount) if mount.is_local() => {}
                 Some(mount) => return Err(io::Error::other(mount.reason())),
@@ -226,7 +227,9 @@ impl Server {
             "left to its members, none of which has come back"
         );
         self.end_checkpoints(number);
-        self.take_database(number);
+        if let Some(db) = self.take_database(number) {
+            drop(self.close_database(db));
+        }
         self.keeping.database_gone(number);
         self.departs(number, None, false);
     }

@@ -239,6 +239,7 @@ impl Server {
                 tell(Phase::Stopping);
             }
             if self.may_exit(now) {
+                self.let_go_of_all();
                 return Ok(());
             }
         }
@@ -281,6 +282,7 @@ impl Server {
             self.tick(now);
         }
         self.settle_touched();
+        self.close_elsewhere();
         self.keeping.watch(&self.epoll);
     }
 
@@ -348,6 +350,7 @@ impl Server {
         self.searching.reap();
         self.limit_receivers(now);
         self.limit_departures(now);
+        self.keeping.reap();
         if now.duration_since(self.last_second) >= Duration::from_secs(1) {
             self.last_second = now;
             self.users.tick();

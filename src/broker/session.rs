@@ -135,6 +135,10 @@ impl Session {
         self.found && self.lives_by().is_some() && self.lives_by() == other.lives_by()
     }
 
+    pub fn take_liveness(&mut self) -> Option<OwnedFd> {
+        self.liveness.take()
+    }
+
     pub fn liveness(&self) -> Option<&OwnedFd> {
         self.liveness.as_ref()
     }

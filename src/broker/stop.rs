@@ -75,11 +75,12 @@ impl Server {
             }
             // After it: a member that takes a lock from now on looks and sees the poison.
             let quiet = db.is_quiet();
-            if let State::Gated { gate, .. } = db.state {
+            let identity = db.identity;
+            if let State::Gated { gate, .. } = self.close_database(db) {
                 if quiet {
                     gate.open();
                 } else {
-                    tracing::warn!(database = ?db.identity, "stopped over an open transaction: its members keep the gate");
+                    tracing::warn!(database = ?identity, "stopped over an open transaction: its members keep the gate");
                 }
             }
             self.keeping.database_gone(number);

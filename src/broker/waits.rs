@@ -2,6 +2,7 @@
 //! for each other.)
 
 use super::database::Database;
+use super::liveness::pidfd_of_thread;
 use super::server::Server;
 use super::shares::SLICE;
 use crate::lock::queue::blockers;
@@ -14,6 +15,7 @@ use crate::segment::futex;
 use crate::segment::layout::PARKED;
 use crate::wire::message::{Blocker, SeatKey};
 use std::collections::BTreeMap;
+use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 /// How often a database is looked at in which somebody waits.
@@ -244,8 +246,15 @@ fn time_on_processor(pid: i32, thread: u32) -> Option<u64> {
 /// is the last of `NSpid` (proc(5)).
 fn task_of(pid: i32, thread: u32) -> Option<u32> {
     let calls_itself = |task: u32| {
-        let status = std::fs::read_to_string(format!("/proc/{pid}/task/{task}/status")).ok()?;
-        status.lines().find_map(|l| l.strip_prefix("NSpid:"))?.split_whitespace().next_back()?.parse().ok()
+        let own = format!("/proc/{pid}/task/{task}");
+        if !std::path::Path::new(&own).exists() {
+            return None;
+        }
+        // Who reads its status borrows its memory, and if it ends meanwhile, has to unmap that: files that never answer, too.
+        let pidfd = pidfd_of_thread(task);
+        let said = pidfd.as_ref().map(|fd| format!("/proc/self/fdinfo/{}", fd.as_raw_fd()));
+        let said = std::fs::read_to_string(said.unwrap_or(format!("{own}/status"))).ok()?;
+        said.lines().find_map(|l| l.strip_prefix("NSpid:"))?.split_whitespace().next_back()?.parse().ok()
     };
     if calls_itself(thread) == Some(thread) {
         return Some(thread);
@@ -258,6 +267,19 @@ fn task_of(pid: i32, thread: u32) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_thread_is_found_by_the_number_that_it_has_here() {
+        let pid = std::process::id() as i32;
+        let (own, other) = std::thread::scope(|scope| {
+            let number = || nix::unistd::gettid().as_raw() as u32;
+            (number(), scope.spawn(move || (number(), task_of(pid, number()))).join().unwrap())
+        });
+        assert_eq!(task_of(pid, own), Some(own));
+        assert_eq!(other.1, Some(other.0));
+        // Another process's.
+        assert_eq!(task_of(pid, 1), None);
+    }
 
     #[test]
     fn a_threads_time_is_told_if_its_process_is_seen() {

@@ -86,6 +86,10 @@ impl Keeper {
                 return false;
             }
         }
+        self.store.close_elsewhere();
+        if timeout == PollTimeout::NONE && self.store.is_closing() {
+            timeout = PollTimeout::from(LOOK);
+        }
         self.wait(timeout);
         self.hear_broker();
         self.accept();
@@ -206,7 +210,10 @@ impl Keeper {
             name.push(suffix);
             PathBuf::from(name)
         };
-        let lock = OpenOptions::new().write(true).custom_flags(libc::O_NOFOLLOW).open(suffixed(".lock"));
+        let lock = OpenOptions::new()
+            .write(true)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+            .open(suffixed(".lock"));
         let lock = lock.map(|file| Flock::lock(file, FlockArg::LockExclusiveNonblock));
         if let Ok(Ok(_lock)) = lock {
             let _ = fs::remove_file(suffixed(".keeper"));

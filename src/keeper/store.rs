@@ -1,10 +1,12 @@
 //! What is kept: sessions and databases as the broker has said, with their descriptors.
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::geteuid;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
+use turnstile::closing::Closing;
 use turnstile::lock::SeatId;
 use turnstile::lock::occupied::{Fate, Holder, Occupied};
 use turnstile::lock::table::Table;
@@ -17,6 +19,7 @@ use turnstile::segment::names::Place;
 use turnstile::segment::supervision::{self, Held, Office};
 use turnstile::wire::keeper::{Kept, KeptDatabase, KeptHome, KeptSeat, KeptSession};
 use turnstile::wire::message::Role;
+use turnstile::wire::socket;
 
 struct Session {
     kept: KeptSession,
@@ -28,6 +31,8 @@ struct Database {
     kept: KeptDatabase,
     fds: Vec<OwnedFd>,
     hold: Option<[OwnedFd; 2]>,
+    /// What holds its gate cannot ring any more.
+    deaf: bool,
     home: Option<KeptHome>,
     wal: Option<OwnedFd>,
     seats: BTreeMap<SeatId, KeptSeat>,
@@ -51,8 +56,10 @@ const ENDS_WITHIN: Duration = Duration::from_secs(1);
 /// How long the next broker may take to come for the socket.
 const LISTENS: Duration = Duration::from_secs(10);
 
-#[derive(Default)]
 pub struct Store {
+    closing: Closing,
+    /// Other users' members have sent some of what is kept: what is let go is closed elsewhere.
+    foreign: bool,
     listener: Option<(Place, OwnedFd, Instant)>,
     sessions: BTreeMap<u64, Session>,
     databases: BTreeMap<u32, Database>,
@@ -68,6 +75,19 @@ impl Session {
     }
 }
 
+impl Default for Store {
+    fn default() -> Store {
+        let closing = Closing::new("/proc/self/exe".into());
+        Store {
+            closing,
+            foreign: false,
+            listener: None,
+            sessions: BTreeMap::new(),
+            databases: BTreeMap::new(),
+        }
+    }
+}
+
 impl Store {
     pub fn is_empty(&self) -> bool {
         self.databases.is_empty() && self.listener.is_none()
@@ -79,14 +99,24 @@ impl Store {
         match kept {
             Kept::Session(kept) => {
                 if let (Some(pidfd), Some(liveness)) = (given.next(), given.next()) {
+                    self.foreign |= kept.uid != 0 && kept.uid != geteuid().as_raw();
                     self.sessions.insert(kept.session, Session { kept, pidfd, liveness });
                 }
             }
-            Kept::SessionGone(session) => drop(self.sessions.remove(&session)),
+            Kept::SessionGone(session) => self.forget_session(session),
             Kept::Database(kept) => {
                 let (hold, home, wal, seats) = (None, None, None, BTreeMap::new());
                 let number = kept.database;
-                let new = Database { kept, fds: given.collect(), hold, home, wal, seats, looked_after: None };
+                let new = Database {
+                    kept,
+                    fds: given.collect(),
+                    hold,
+                    deaf: false,
+                    home,
+                    wal,
+                    seats,
+                    looked_after: None,
+                };
                 self.databases.insert(number, new);
             }
             Kept::Hold(database) => {
@@ -103,10 +133,15 @@ impl Store {
             }
             Kept::Wal(database) => {
                 if let Some(db) = self.databases.get_mut(&database) {
-                    db.wal = given.next();
+                    let before = std::mem::replace(&mut db.wal, given.next());
+                    before.into_iter().for_each(|wal| self.close(wal));
                 }
             }
-            Kept::DatabaseGone(database) => drop(self.databases.remove(&database)),
+            Kept::DatabaseGone(database) => {
+                if let Some(mut db) = self.databases.remove(&database) {
+                    self.close_database(&mut db);
+                }
+            }
             Kept::Seat(seat) => {
                 if let Some(db) = self.databases.get_mut(&seat.database) {
                     db.seats.insert(seat.seat, seat);
@@ -121,6 +156,41 @@ impl Store {
                 }
             }
         }
+    }
+
+    fn forget_session(&mut self, number: u64) {
+        if let Some(session) = self.sessions.remove(&number) {
+            self.close(session.liveness);
+        }
+    }
+
+    fn close(&mut self, fd: OwnedFd) {
+        if self.foreign && !planted("closed-by-the-keeper") {
+            self.closing.close(fd);
+        }
+    }
+
+    fn close_socket(&mut self, socket: OwnedFd) {
+        if self.foreign && !planted("closed-by-the-keeper") {
+            self.closing.close_socket(socket);
+        }
+    }
+
+    fn close_database(&mut self, db: &mut Database) {
+        db.fds.drain(..).chain(db.wal.take()).for_each(|fd| self.close(fd));
+        if let Some([_member, broker]) = db.hold.take() {
+            // Members have the other end, and may have put something into it.
+            self.close_socket(broker);
+        }
+    }
+
+    pub fn is_closing(&self) -> bool {
+        self.closing.is_busy()
+    }
+
+    /// Gives away what is to be closed.
+    pub fn close_elsewhere(&mut self) {
+        self.closing.go_on();
     }
 
     /// All of it, in an order in which it can be kept again.
@@ -157,14 +227,20 @@ impl Store {
     /// What tells of a member's end: pidfds that have not fired, and the ends at which members ring.
     pub fn watched(&self) -> impl Iterator<Item = &OwnedFd> {
         let living = self.sessions.values().filter(|s| !s.is_dead()).map(|s| &s.pidfd);
-        living.chain(self.databases.values().filter_map(|d| d.hold.as_ref()).map(|[_, broker]| broker))
+        let ends = self.databases.values().filter(|d| !d.deaf).filter_map(|d| d.hold.as_ref());
+        living.chain(ends.map(|[_, broker]| broker))
     }
 
     /// No broker is there: a database whose members are all dead, have left or rest is let go, and its gate opened. True: to
     /// be looked at again soon. `spare`: a descriptor that may be closed if there is no room for another.
     pub fn drop_what_is_nobodys(&mut self, spare: &mut Option<OwnedFd>) -> bool {
         // Nobody comes: whoever knocks is to be told so.
-        self.listener.take_if(|(_, _, since)| since.elapsed() >= LISTENS);
+        if let Some((_, socket, _)) = self.listener.take_if(|(_, _, since)| since.elapsed() >= LISTENS) {
+            // Whoever has knocked may have said something already.
+            // Of whomever.
+            self.foreign = true;
+            socket::end_listening(&socket).into_iter().for_each(|socket| self.close_socket(socket));
+        }
         if planted("keeper-keeps-for-ever") {
             return false;
         }
@@ -180,6 +256,8 @@ impl Store {
         for (number, db) in &mut self.databases {
             if let Some([_, broker]) = &db.hold {
                 hold::has_rung(broker);
+                // It is looked at as often as everything else is.
+                db.deaf = hold::is_deaf(broker);
             }
             match db.judge(&fate, spare) {
                 Verdict::Stays => {}
@@ -187,16 +265,20 @@ impl Store {
             }
         }
         for (number, verdict) in verdicts {
-            let Some(db) = self.databases.remove(&number) else { continue };
+            let Some(mut db) = self.databases.remove(&number) else { continue };
+            let (files, end) = db.seconds();
             if let Verdict::Opens(office) = verdict {
                 db.open(office);
             }
+            files.into_iter().for_each(|fd| self.close(fd));
+            end.into_iter().for_each(|end| self.close_socket(end));
+            self.close_database(&mut db);
         }
         let in_use =
             |session: u64| self.databases.values().any(|d| d.seats.values().any(|s| s.session == session));
         let idle: Vec<u64> = self.sessions.keys().copied().filter(|s| !in_use(*s)).collect();
         for session in idle {
-            self.sessions.remove(&session);
+            self.forget_session(session);
         }
         self.databases.values().any(|db| db.looked_after.is_some())
     }
@@ -269,13 +351,20 @@ impl Database {
             && !planted("gate-opened-over-a-checkpoint")
     }
 
+    /// Another descriptor of each file, and of the end that members do not have; if there is room for it. It is closed after
+    /// the first.
+    fn seconds(&self) -> (Vec<OwnedFd>, Option<OwnedFd>) {
+        let end = self.hold.as_ref().and_then(|[_, broker]| broker.try_clone().ok());
+        (self.fds.iter().filter_map(|fd| fd.try_clone().ok()).collect(), end)
+    }
+
     /// Opens the gate, and lets everything go.
-    fn open(self, _office: Held) {
+    fn open(&mut self, _office: Held) {
         if let Some(map) = &self.map() {
             map.poison();
         }
-        let mut fds = self.fds.into_iter().skip(2);
-        if let (Some(database), Some([a, b])) = (fds.next(), self.hold)
+        let mut fds = self.fds.drain(..).skip(2);
+        if let (Some(database), Some([a, b])) = (fds.next(), self.hold.take())
             && let Some(gate) = Gate::adopt(database, fds.next(), Hold::of(a, b))
         {
             gate.open();

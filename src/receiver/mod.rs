@@ -2,7 +2,9 @@
 //!
 //! Whoever receives a descriptor must close it some day, if only by ending, and the filesystem that it is on may be the
 //! sender's own and never answer. So that is this process. It passes on what the kernel says to be harmless, without
-//! asking the file; the rest it neither touches nor closes. That it may hang when it ends is nobody's concern.
+//! asking the file; the rest it neither touches nor closes. What has to be asked of the files of a join, it asks. And it closes
+//! what the broker, or its keeper, has no use for any more. That it may hang over all this, or when it ends, is nobody's
+//! concern.
 
 use nix::poll::PollFlags;
 use nix::sys::signal::{SigHandler, Signal, signal};
@@ -12,9 +14,11 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::process::ExitCode;
 use std::time::Duration;
 use turnstile::broker::foreign::unsafe_place;
+use turnstile::broker::join;
+use turnstile::planted::planted;
 use turnstile::segment::hold;
 use turnstile::wire::message::ToBroker;
-use turnstile::wire::receiver::{Receive, Received};
+use turnstile::wire::receiver::{FromReceiver, Received, ToReceiver};
 use turnstile::wire::socket::{self, Packet};
 use turnstile::wire::{MAX_FDS, MAX_PACKET};
 
@@ -38,7 +42,7 @@ pub fn run() -> ExitCode {
 
 fn serve(broker: OwnedFd) -> io::Result<()> {
     loop {
-        let packet = match socket::receive(&broker) {
+        let packet = match socket::receive_any(&broker) {
             Ok(packet) => packet,
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                 socket::wait(&broker, PollFlags::POLLIN, Duration::from_secs(60))?;
@@ -47,18 +51,32 @@ fn serve(broker: OwnedFd) -> io::Result<()> {
             Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
             Err(e) => return Err(e),
         };
-        let Receive { session, pid } = packet.decode()?;
-        let sender = packet.fds.into_iter().next().ok_or(io::ErrorKind::InvalidData)?;
-        let (answer, fds) = match socket::receive_any(&sender) {
-            Ok(packet) => judged(session, pid, packet),
-            // It is the broker's to find that out.
-            Err(_) => (
-                Received { session, bytes: Vec::new(), fds_lost: true, too_much: false, strange: None },
-                Vec::new(),
-            ),
+        let (answer, fds) = match packet.decode()? {
+            ToReceiver::Receive { session, pid } => {
+                let sender = packet.fds.into_iter().next().ok_or(io::ErrorKind::InvalidData)?;
+                let (received, fds) = receive_for(session, pid, &sender);
+                // If the broker has let go of it meanwhile, this is the last one.
+                drop(sender);
+                (FromReceiver::Received(received), fds)
+            }
+            ToReceiver::Close => {
+                drop(packet.fds);
+                (FromReceiver::Closed, Vec::new())
+            }
         };
         let raw: Vec<_> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
         socket::send_within(&broker, &socket::encode(&answer)?, &raw, PATIENCE)?;
+    }
+}
+
+fn receive_for(session: u64, pid: i32, sender: &OwnedFd) -> (Received, Vec<OwnedFd>) {
+    match socket::receive_any(sender) {
+        Ok(packet) => judged(session, pid, packet),
+        // It is the broker's to find that out.
+        Err(_) => {
+            let (bytes, strange, judged) = (Vec::new(), None, None);
+            (Received { session, bytes, fds_lost: true, too_much: false, strange, judged }, Vec::new())
+        }
     }
 }
 
@@ -89,5 +107,18 @@ fn judged(session: u64, pid: i32, packet: Packet) -> (Received, Vec<OwnedFd>) {
         harmless.clear();
     }
     let bytes = if too_much { Vec::new() } else { bytes };
-    (Received { session, bytes, fds_lost, too_much, strange }, harmless)
+    let mut verdict = None;
+    if let Ok(ToBroker::Join { join, .. }) = &message
+        && strange.is_none()
+        && !too_much
+        && !planted("judged-by-the-broker")
+    {
+        let candidate = join::judge(join, mem::take(&mut harmless), pid, false);
+        verdict = Some(candidate.map(|candidate| {
+            let (said, fds) = candidate.told();
+            harmless = fds;
+            said
+        }));
+    }
+    (Received { session, bytes, fds_lost, too_much, strange, judged: verdict }, harmless)
 }

@@ -8,6 +8,7 @@
 //! The other end is the broker's and its keeper's. Members see by it that both are gone, and ring there when no broker is
 //! left to hear that they leave.
 
+use crate::planted::planted;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
@@ -33,6 +34,17 @@ impl Hold {
         let (socket, broker) = socketpair(AddressFamily::Unix, SockType::Stream, None, flags)?;
         let rights = [gate.as_fd().as_raw_fd()];
         let rights = [ControlMessage::ScmRights(&rights)];
+        // What members send there would be closed by whoever reads it. (Linux 6.16; see [`Hold::has_rung`] for others.)
+        let never: libc::c_int = 0;
+        // SAFETY: the kernel reads one int.
+        let _ = unsafe {
+            let value = (&raw const never).cast();
+            let length = size_of_val(&never) as libc::socklen_t;
+            match planted("descriptors-ring") || planted("no-passrights") {
+                false => libc::setsockopt(broker.as_raw_fd(), libc::SOL_SOCKET, SO_PASSRIGHTS, value, length),
+                true => 0,
+            }
+        };
         let bytes = [MARK, &nonce.to_ne_bytes()].concat();
         sendmsg::<()>(broker.as_raw_fd(), &[IoSlice::new(&bytes)], &rights, MsgFlags::MSG_NOSIGNAL, None)?;
         Ok(Hold { socket, broker })
@@ -53,18 +65,44 @@ impl Hold {
     }
 }
 
-/// A member has rung at this end, the broker's, since it was last asked.
+/// A member has rung at this end, the broker's, since it was last asked. Descriptors that it has sent stay where they are, and
+/// whatever comes behind them: it is asked again then.
 pub fn has_rung(broker: impl AsFd) -> bool {
-    let mut bytes = [0u8; 64];
+    /// Nobody has so much to say.
+    const MOST: usize = 64;
+    let broker = broker.as_fd();
     let mut rung = false;
-    let received = |buffer: &mut [u8]| {
-        nix::sys::socket::recv(broker.as_fd().as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT)
-    };
-    while received(&mut bytes).is_ok_and(|n| n > 0) {
+    for _ in 0..MOST {
+        if is_laden(broker) && !planted("descriptors-ring") {
+            return rung;
+        }
+        // One byte: with the first byte of what they came with descriptors are received, and closed.
+        if !nix::sys::socket::recv(broker.as_raw_fd(), &mut [0], MsgFlags::MSG_DONTWAIT).is_ok_and(|n| n > 0)
+        {
+            return rung;
+        }
         rung = true;
     }
     rung
 }
+
+/// Somebody has sent descriptors to this end, the broker's: nothing behind them will be heard.
+pub fn is_deaf(broker: impl AsFd) -> bool {
+    is_laden(broker)
+}
+
+/// What comes next has descriptors. They are not received.
+fn is_laden(socket: impl AsFd) -> bool {
+    let mut byte = [0u8];
+    let mut iov = [IoSliceMut::new(&mut byte)];
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    // Without room for them the kernel says that there are some, and installs none.
+    let peeked = recvmsg::<()>(socket.as_fd().as_raw_fd(), &mut iov, None, flags);
+    peeked.is_ok_and(|message| message.flags.contains(MsgFlags::MSG_CTRUNC))
+}
+
+/// `SO_PASSRIGHTS`, asm-generic/socket.h.
+const SO_PASSRIGHTS: libc::c_int = 83;
 
 /// What goes with the gate, before the nonce.
 const MARK: &[u8] = b"turnstile-gate";

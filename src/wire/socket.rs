@@ -4,7 +4,8 @@ use super::{MAX_FDS, MAX_PACKET};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect, sendmsg, socket,
+    AddressFamily, ControlMessage, MsgFlags, Shutdown, SockFlag, SockType, UnixAddr, connect, getsockopt,
+    sendmsg, setsockopt, shutdown, socket, sockopt,
 };
 use serde::{Serialize, de::DeserializeOwned};
 use std::io::{self, IoSlice};
@@ -74,6 +75,12 @@ pub fn accept(listener: impl AsFd) -> nix::Result<OwnedFd> {
     let fd = nix::sys::socket::accept4(listener.as_fd().as_raw_fd(), flags)?;
     // SAFETY: accept4 has just made this descriptor; it is ours.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Whoever connects from now on is refused; returns those who have not been accepted.
+pub fn end_listening(listener: impl AsFd) -> Vec<OwnedFd> {
+    let _ = shutdown(listener.as_fd().as_raw_fd(), Shutdown::Both);
+    std::iter::from_fn(|| accept(&listener).ok()).collect()
 }
 
 /// The other end has received everything that was sent, or is closed (unix(7), `SIOCOUTQ`).
@@ -146,6 +153,62 @@ pub fn has_descriptors(fd: impl AsFd) -> io::Result<bool> {
             Err(e) => return Err(e.into()),
         }
     }
+}
+
+/// Closes a Unix socket whose queue nobody else reads, or gives it back: descriptors lie in its queue, or may. Who closes it
+/// last closes those, too, and there are files whose `close` never returns. Nothing more comes in from here on.
+pub fn close_unless_laden(socket: OwnedFd) -> Result<(), OwnedFd> {
+    /// More messages than that nobody leaves unread who means well.
+    const MOST: usize = 64;
+    let raw = socket.as_raw_fd();
+    let _ = shutdown(raw, Shutdown::Both);
+    // So that an empty packet can be told from none: with a packet come the credentials of its sender.
+    let told = setsockopt(&socket, sockopt::PassCred, &true).is_ok();
+    let stream = getsockopt(&socket, sockopt::SockType) == Ok(SockType::Stream);
+    for _ in 0..if told { MOST } else { 0 } {
+        match peek(raw) {
+            Ok(Peeked { laden: true, .. }) => break,
+            Ok(Peeked { length: 0, sender, .. }) if stream || !sender => return Ok(()),
+            // One byte, or one packet, without descriptors: they are received with the first byte of what they came with.
+            Ok(_) => drop(nix::sys::socket::recv(raw, &mut [0], MsgFlags::MSG_DONTWAIT)),
+            Err(Errno::EAGAIN | Errno::ENOTCONN) => return Ok(()),
+            // What the peer did is said once.
+            Err(Errno::EINTR | Errno::ECONNRESET | Errno::EPIPE) => {}
+            Err(_) => break,
+        }
+    }
+    Err(socket)
+}
+
+struct Peeked {
+    length: usize,
+    /// It came with its sender's credentials, which are only told if that was asked for.
+    sender: bool,
+    /// There are descriptors.
+    laden: bool,
+}
+
+/// What comes next. It is not received, and neither are its descriptors.
+fn peek(fd: RawFd) -> nix::Result<Peeked> {
+    let mut byte = 0u8;
+    // For credentials and no more: of descriptors the kernel then says that there are some, and installs none.
+    let mut control = [0u64; 4];
+    // SAFETY: a calculation.
+    const { assert!(unsafe { libc::CMSG_SPACE(size_of::<libc::ucred>() as u32) } == 32) };
+    let mut iov = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+    // SAFETY: msghdr is plain data for which all-zero is valid.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &mut iov;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = size_of_val(&control) as _;
+    // SAFETY: the buffers outlive the call and are as long as said; `control` is aligned for cmsghdr.
+    let n = unsafe { libc::recvmsg(fd, &mut message, libc::MSG_PEEK | libc::MSG_DONTWAIT) };
+    let length = Errno::result(n)? as usize;
+    // SAFETY: filled by the call above. Should there have been room for descriptors after all, they are owned, and closed.
+    let installed = unsafe { received_descriptors(&message) };
+    let laden = message.msg_flags & libc::MSG_CTRUNC != 0 || !installed.is_empty();
+    Ok(Peeked { length, sender: message.msg_controllen != 0, laden })
 }
 
 /// Receives one packet, or fails with `WouldBlock`; `UnexpectedEof` when the peer has closed, `InvalidData` when
@@ -226,5 +289,59 @@ pub fn wait(fd: impl AsFd, flags: PollFlags, limit: Duration) -> io::Result<bool
         Ok(n) => Ok(n > 0),
         Err(Errno::EINTR) => Ok(false),
         Err(e) => Err(e.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::socket::socketpair;
+
+    /// The broker's end and the other one.
+    fn pair(kind: SockType) -> (OwnedFd, OwnedFd) {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        socketpair(AddressFamily::Unix, kind, None, flags).unwrap()
+    }
+
+    #[test]
+    fn a_socket_with_descriptors_in_its_queue_is_not_closed() {
+        for kind in [SockType::SeqPacket, SockType::Stream] {
+            for before in [&[][..], &[b"".as_slice(), b"xx", b""]] {
+                for after in [false, true] {
+                    let (ours, theirs) = pair(kind);
+                    before.iter().for_each(|bytes| send(&theirs, bytes, &[]).unwrap());
+                    send(&theirs, b"y", &[theirs.as_raw_fd()]).unwrap();
+                    if after {
+                        drop(theirs);
+                    }
+                    let laden = close_unless_laden(ours).expect_err("closed");
+                    assert!(!receive_any(&laden).is_ok_and(|p| p.fds.is_empty()) || !before.is_empty());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_socket_without_is_closed_however_it_ended() {
+        for kind in [SockType::SeqPacket, SockType::Stream] {
+            for unread in [&[][..], &[b"x".as_slice()], &[b"", b"xyz", b""]] {
+                for after in [false, true] {
+                    let (ours, theirs) = pair(kind);
+                    unread.iter().for_each(|bytes| send(&theirs, bytes, &[]).unwrap());
+                    send(&ours, b"unread", &[]).unwrap();
+                    if after {
+                        drop(theirs);
+                    }
+                    assert!(close_unless_laden(ours).is_ok(), "{kind:?} {unread:?} {after}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn who_fills_a_queue_is_not_read_for_ever() {
+        let (ours, theirs) = pair(SockType::SeqPacket);
+        while send(&theirs, b"x", &[]).is_ok() {}
+        assert!(close_unless_laden(ours).is_err());
     }
 }

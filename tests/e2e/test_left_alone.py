@@ -421,7 +421,7 @@ def refused(db, broker):
     return False
 
 
-@fails_without("imitations-believed")
+@fails_without("imitations-believed,anybodys-segment")
 def test_another_users_imitation_of_a_member_is_not_believed():
     """It may write the file and so hold its gate, but it has no segment that a broker has made."""
     root_only()
