@@ -54,20 +54,30 @@ pub struct Closing {
     leaving: Vec<Child>,
     /// Nobody could be given them yet. They are not closed here.
     waiting: mem::ManuallyDrop<Vec<OwnedFd>>,
+    /// Messages that have gone to processes, and those that need not be waited for any more.
+    given: u64,
+    done: u64,
 }
 
 #[derive(Debug)]
 struct Running {
     child: Child,
     socket: OwnedFd,
-    unanswered: usize,
+    unanswered: u64,
     /// When it was last given something or answered.
     since: Instant,
 }
 
 impl Closing {
     pub fn new(program: PathBuf) -> Closing {
-        Closing { program, running: None, leaving: Vec::new(), waiting: mem::ManuallyDrop::default() }
+        Closing {
+            program,
+            running: None,
+            leaving: Vec::new(),
+            waiting: mem::ManuallyDrop::default(),
+            given: 0,
+            done: 0,
+        }
     }
 
     pub fn close(&mut self, fd: OwnedFd) {
@@ -79,6 +89,22 @@ impl Closing {
         if let Err(laden) = socket::close_unless_laden(socket) {
             self.close(laden);
         }
+    }
+
+    /// Of all that is to be closed by now: see [`Closing::has_closed`].
+    pub fn mark(&mut self) -> u64 {
+        self.go_on();
+        self.given + u64::from(!self.waiting.is_empty())
+    }
+
+    /// All that was to be closed when the mark was made is closed, or has taken too long.
+    pub fn has_closed(&self, mark: u64) -> bool {
+        self.done >= mark
+    }
+
+    /// Something is to be read there when something has been closed.
+    pub fn socket(&self) -> Option<&OwnedFd> {
+        self.running.as_ref().map(|r| &r.socket)
     }
 
     /// There is something that this has to be called again for.
@@ -96,6 +122,7 @@ impl Closing {
             && let Some(mut running) = self.running.take_if(|r| stuck(r) || idle(r))
         {
             let _ = running.child.kill();
+            self.done += running.unanswered;
             self.leaving.push(running.child);
         }
         while !self.waiting.is_empty() && self.give() {}
@@ -114,6 +141,7 @@ impl Closing {
             running.since = Instant::now();
         }
         running.unanswered += 1;
+        self.given += 1;
         true
     }
 
@@ -122,10 +150,15 @@ impl Closing {
             match socket::receive(&running.socket).and_then(|p| p.decode::<FromReceiver>()) {
                 Ok(_) => {
                     running.unanswered = running.unanswered.saturating_sub(1);
+                    self.done += 1;
                     running.since = Instant::now();
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
-                Err(_) => self.leaving.extend(self.running.take().map(|r| r.child)),
+                Err(_) => {
+                    let Some(running) = self.running.take() else { return };
+                    self.done += running.unanswered;
+                    self.leaving.push(running.child);
+                }
             }
         }
     }

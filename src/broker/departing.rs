@@ -25,8 +25,9 @@ pub(super) struct Departure {
 enum WaitsFor {
     /// Its database is still there.
     Database,
-    /// What the broker's children say of it: the keeper's answer with that number, the checkpointer's.
-    Children { keeper: Option<u64>, checkpointer: bool },
+    /// What the broker's children say of it: the keeper's answer with that number, the checkpointer's, a receiver's up to that
+    /// mark.
+    Children { keeper: Option<u64>, checkpointer: bool, receiver: Option<(u64, u64)> },
 }
 
 impl Departure {
@@ -35,7 +36,7 @@ impl Departure {
     }
 }
 
-const NOTHING: WaitsFor = WaitsFor::Children { keeper: None, checkpointer: false };
+const NOTHING: WaitsFor = WaitsFor::Children { keeper: None, checkpointer: false, receiver: None };
 
 impl Server {
     /// A `Leave` message.
@@ -45,15 +46,21 @@ impl Server {
         self.remove_seat(key);
         let stays = self.databases.get(&database).is_some_and(|d| !d.seats.is_empty());
         if stays || planted("answered-at-once") {
-            self.departs(database, None, false);
+            self.departs(database, None, false, None);
         }
         self.answer_departed();
     }
 
     /// The database is gone, or stays for others.
-    pub(super) fn departs(&mut self, database: u32, keeper: Option<u64>, checkpointer: bool) {
+    pub(super) fn departs(
+        &mut self,
+        database: u32,
+        keeper: Option<u64>,
+        checkpointer: bool,
+        receiver: Option<(u64, u64)>,
+    ) {
         for d in self.departing.iter_mut().filter(|d| d.database == database) {
-            d.waits_for = WaitsFor::Children { keeper, checkpointer };
+            d.waits_for = WaitsFor::Children { keeper, checkpointer, receiver };
         }
     }
 
@@ -72,6 +79,16 @@ impl Server {
         for d in self.departing.iter_mut().filter(|d| number.is_none_or(|n| d.database == n)) {
             if let WaitsFor::Children { checkpointer, .. } = &mut d.waits_for {
                 *checkpointer = false;
+            }
+        }
+        self.answer_departed();
+    }
+
+    /// One has closed something, or is not waited for any more.
+    pub(super) fn receivers_have_closed(&mut self) {
+        for d in &mut self.departing {
+            if let WaitsFor::Children { receiver, .. } = &mut d.waits_for {
+                receiver.take_if(|mark| self.receivers.has_closed(*mark));
             }
         }
         self.answer_departed();

@@ -261,6 +261,7 @@ impl Server {
         if let Some(db) = self.take_database(number) {
             self.closed.note(db.identity, db.checkpoint_words().map_or(0, |w| w.ended.load(SeqCst)));
             tracing::info!(database = number, "closed: its last member left");
+            let founder = db.founder;
             if let State::Gated { gate, segment } = self.close_database(db) {
                 // Processes whose seats rested have it mapped.
                 segment.control.poison();
@@ -269,7 +270,8 @@ impl Server {
             // Last: what it unlocks by itself it does when no broker is left.
             self.keeping.database_gone(number);
             let keeper = self.departing.iter().any(|d| d.is_of(number)).then(|| self.keeping.ask()).flatten();
-            self.departs(number, keeper, introduced);
+            let receiver = self.closing_mark(founder);
+            self.departs(number, keeper, introduced, receiver);
         }
     }
 }

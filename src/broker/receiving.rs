@@ -39,7 +39,9 @@ struct Receiver {
     /// Sessions whose packet it was asked for, and when.
     asked: BTreeMap<u64, Instant>,
     /// What it was given to close and has not closed, and since when nothing of it.
-    closing: usize,
+    closing: u64,
+    /// What it was ever given to close.
+    given: u64,
     used: Instant,
     /// It does not answer, and those before it did not either: what is to be closed of this user's stays in its queue.
     parked: bool,
@@ -79,6 +81,11 @@ impl Receivers {
     /// The last that it gets does not answer either.
     pub fn is_parked(&self, uid: u32) -> bool {
         self.running.values().any(|r| r.uid == uid && r.parked)
+    }
+
+    /// All that this receiver was given up to the mark is closed, or has taken too long.
+    pub fn has_closed(&self, (number, mark): (u64, u64)) -> bool {
+        self.running.get(&number).is_none_or(|r| r.parked || r.given - r.closing >= mark)
     }
 
     /// What it has sent keeps so many from ending that nothing more is received of it.
@@ -190,6 +197,17 @@ impl Server {
         }
     }
 
+    /// What is to be closed of this user's by now: see [`Receivers::has_closed`].
+    pub(super) fn closing_mark(&mut self, uid: u32) -> Option<(u64, u64)> {
+        self.close_elsewhere();
+        let uid = if self.is_trusted(uid) { SHARED } else { uid };
+        if planted("receivers-not-waited-for") {
+            return None;
+        }
+        let of = self.receivers.running.iter().find(|(_, r)| r.uid == uid && r.closing != 0);
+        of.map(|(number, r)| (*number, r.given))
+    }
+
     /// Some of them, or false.
     fn give(&mut self, number: u64, fds: &mut Vec<OwnedFd>) -> bool {
         let Some(receiver) = self.receivers.running.get_mut(&number) else { return false };
@@ -200,6 +218,7 @@ impl Server {
             receiver.used = Instant::now();
         }
         receiver.closing += 1;
+        receiver.given += 1;
         true
     }
 
@@ -234,9 +253,10 @@ impl Server {
         self.epoll.add(&socket, EpollEvent::new(EpollFlags::EPOLLIN, number * KEYS + RECEIVER))?;
         tracing::debug!(uid, pid = child.id(), "receiver started");
         let (asked, used) = (BTreeMap::new(), Instant::now());
-        self.receivers
-            .running
-            .insert(number, Receiver { uid, child, socket, asked, closing: 0, used, parked: false });
+        self.receivers.running.insert(
+            number,
+            Receiver { uid, child, socket, asked, closing: 0, given: 0, used, parked: false },
+        );
         Ok(number)
     }
 
@@ -257,7 +277,10 @@ impl Server {
             (receiver.used, receiver.parked) = (Instant::now(), false);
             let uid = receiver.uid;
             match answer {
-                FromReceiver::Closed => receiver.closing = receiver.closing.saturating_sub(1),
+                FromReceiver::Closed => {
+                    receiver.closing = receiver.closing.saturating_sub(1);
+                    self.receivers_have_closed();
+                }
                 FromReceiver::Received(answer) => {
                     receiver.asked.remove(&answer.session);
                     self.take_received(uid, answer, packet);
@@ -326,5 +349,6 @@ impl Server {
         for session in asked.into_keys() {
             self.end_session(session, "what it sent could not be received");
         }
+        self.receivers_have_closed();
     }
 }

@@ -231,7 +231,7 @@ impl Server {
             drop(self.close_database(db));
         }
         self.keeping.database_gone(number);
-        self.departs(number, None, false);
+        self.departs(number, None, false, None);
     }
 
     /// SIGUSR2: the next broker goes on with what the keeper has.

@@ -43,6 +43,8 @@ struct Keeper {
     /// Who has knocked and said nothing yet.
     visitors: Vec<OwnedFd>,
     store: Store,
+    /// What the broker waits for, and the mark up to which it has to be closed.
+    asked: Vec<(u64, u64)>,
     /// Closed where there is no room for a descriptor that must be had: the next broker's, when it knocks.
     spare: Option<OwnedFd>,
 }
@@ -65,6 +67,7 @@ pub fn run() -> ExitCode {
         leave_socket: false,
         visitors: Vec::new(),
         store: Store::default(),
+        asked: Vec::new(),
         spare: None,
     };
     while keeper.round() {}
@@ -87,11 +90,13 @@ impl Keeper {
             }
         }
         self.store.close_elsewhere();
+        self.answer();
         if timeout == PollTimeout::NONE && self.store.is_closing() {
             timeout = PollTimeout::from(LOOK);
         }
         self.wait(timeout);
         self.hear_broker();
+        self.answer();
         self.accept();
         for visitor in std::mem::take(&mut self.visitors) {
             self.hear_visitor(visitor);
@@ -103,8 +108,9 @@ impl Keeper {
         let own = self.broker.iter().chain(self.listener.as_ref().map(|l| &l.0)).chain(&self.visitors);
         let mut watched: Vec<&OwnedFd> = own.collect();
         // The broker sees to the members, if there is one.
-        if self.broker.is_none() {
-            watched.extend(self.store.watched());
+        match self.broker {
+            Some(_) => watched.extend(self.store.closing_socket()),
+            None => watched.extend(self.store.watched()),
         }
         let mut fds: Vec<PollFd> =
             watched.iter().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)).collect();
@@ -132,9 +138,8 @@ impl Keeper {
                 Ok(ToKeeper::Keep(kept)) => self.store.keep(kept, packet.fds),
                 Ok(ToKeeper::LeaveSocket) => self.leave_socket = true,
                 Ok(ToKeeper::Ask(number)) => {
-                    // A broker that does not read has others to thank for it, and asks no more.
-                    let answer = socket::encode(&FromKeeper::Done(number));
-                    let _ = answer.and_then(|bytes| socket::send(broker, &bytes, &[]));
+                    let mark = self.store.closing().mark();
+                    self.asked.push((mark, number));
                 }
                 Ok(ToKeeper::GiveBack) | Err(_) => {}
             }
@@ -142,6 +147,18 @@ impl Keeper {
         if let Some(broker) = self.broker.as_ref().filter(|_| lost && !planted("lost-in-silence")) {
             let said = socket::encode(&FromKeeper::Lost).map(|bytes| socket::send(broker, &bytes, &[]));
             drop(said);
+        }
+    }
+
+    /// What the broker has asked for is said when what was let go before is closed.
+    fn answer(&mut self) {
+        let closing = self.store.closing();
+        let due: Vec<_> = self.asked.extract_if(.., |(mark, _)| closing.has_closed(*mark)).collect();
+        for (_, number) in due {
+            let Some(broker) = &self.broker else { return };
+            // A broker that does not read has others to thank for it, and asks no more.
+            let answer = socket::encode(&FromKeeper::Done(number));
+            let _ = answer.and_then(|bytes| socket::send(broker, &bytes, &[]));
         }
     }
 

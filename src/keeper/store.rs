@@ -60,6 +60,8 @@ pub struct Store {
     closing: Closing,
     /// Other users' members have sent some of what is kept: what is let go is closed elsewhere.
     foreign: bool,
+    /// Of what held gates that are open: closed when the files are.
+    ends: Vec<(u64, OwnedFd)>,
     listener: Option<(Place, OwnedFd, Instant)>,
     sessions: BTreeMap<u64, Session>,
     databases: BTreeMap<u32, Database>,
@@ -81,6 +83,7 @@ impl Default for Store {
         Store {
             closing,
             foreign: false,
+            ends: Vec::new(),
             listener: None,
             sessions: BTreeMap::new(),
             databases: BTreeMap::new(),
@@ -90,7 +93,7 @@ impl Default for Store {
 
 impl Store {
     pub fn is_empty(&self) -> bool {
-        self.databases.is_empty() && self.listener.is_none()
+        self.databases.is_empty() && self.listener.is_none() && self.ends.is_empty()
     }
 
     /// One more thing to keep, or one less.
@@ -179,9 +182,14 @@ impl Store {
     fn close_database(&mut self, db: &mut Database) {
         db.fds.drain(..).chain(db.wal.take()).for_each(|fd| self.close(fd));
         if let Some([_member, broker]) = db.hold.take() {
-            // Members have the other end, and may have put something into it.
-            self.close_socket(broker);
+            self.close_end(broker);
         }
+    }
+
+    /// Members have the other one, and may have put something into this. And they see by it that the files are closed.
+    fn close_end(&mut self, end: OwnedFd) {
+        let mark = self.closing.mark();
+        self.ends.push((mark, end));
     }
 
     pub fn is_closing(&self) -> bool {
@@ -191,6 +199,19 @@ impl Store {
     /// Gives away what is to be closed.
     pub fn close_elsewhere(&mut self) {
         self.closing.go_on();
+        let closed = self.ends.extract_if(.., |(mark, _)| self.closing.has_closed(*mark));
+        for (_, end) in closed.collect::<Vec<_>>() {
+            self.close_socket(end);
+        }
+        self.closing.go_on();
+    }
+
+    pub fn closing_socket(&self) -> Option<&OwnedFd> {
+        self.closing.socket()
+    }
+
+    pub fn closing(&mut self) -> &mut Closing {
+        &mut self.closing
     }
 
     /// All of it, in an order in which it can be kept again.
@@ -228,7 +249,7 @@ impl Store {
     pub fn watched(&self) -> impl Iterator<Item = &OwnedFd> {
         let living = self.sessions.values().filter(|s| !s.is_dead()).map(|s| &s.pidfd);
         let ends = self.databases.values().filter(|d| !d.deaf).filter_map(|d| d.hold.as_ref());
-        living.chain(ends.map(|[_, broker]| broker))
+        living.chain(ends.map(|[_, broker]| broker)).chain(self.closing.socket())
     }
 
     /// No broker is there: a database whose members are all dead, have left or rest is let go, and its gate opened. True: to
@@ -271,7 +292,7 @@ impl Store {
                 db.open(office);
             }
             files.into_iter().for_each(|fd| self.close(fd));
-            end.into_iter().for_each(|end| self.close_socket(end));
+            end.into_iter().for_each(|end| self.close_end(end));
             self.close_database(&mut db);
         }
         let in_use =

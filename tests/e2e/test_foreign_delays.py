@@ -182,6 +182,8 @@ def test_a_broker_that_is_killed_over_what_lies_unread_makes_room_for_the_next()
                 end.callback(stop)
                 before.kill()
                 broker.start()
+                # For a moment the one that is being killed still listens, and answers nobody.
+                wait_until(lambda: run([bin(), "status"], env=broker.env, check=False).returncode == 0, what="the next broker")
                 all_is_well(broker, db, goes_on)
                 assert before.poll() is None, "it ended: this shows nothing"
                 replaced(broker)

@@ -151,7 +151,8 @@ def test_a_broker_that_was_sent_such_a_file_ends_and_comes_again():
                 with Hostile(broker) as another:
                     another.s.settimeout(5)
                     another.joined(db)
-        wait_until(lambda: not processes_of(broker, "turnstile-recv"), what="its receiver's end")
+        # They end when they have had nothing to do for 10 s, or when their broker has ended.
+        wait_until(lambda: not processes_of(broker, "turnstile-recv"), timeout=25, what="its receiver's end")
 
 
 @fails_without("stacked-is-local")

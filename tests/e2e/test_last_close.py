@@ -13,6 +13,7 @@ import time
 import harness
 from harness import (PYTHON, SHELL, Broker, Programs, Record, acknowledged, check_rows, connect, create, fails_without, lib,
                      plain, run, slow)
+from test_broker_death import processes_of
 
 ROUNDS = int(os.environ.get("ROUNDS", 25))
 MAGIC = b"\x37\x7f\x06"
@@ -355,7 +356,17 @@ def test_it_is_removed_at_once():
 
 @fails_without("answered-at-once")
 def test_its_filesystem_is_unmounted_at_once():
-    with Broker("--reuse-wal", "5s") as broker:
+    unmounted_at_once()
+
+
+@fails_without("receivers-not-waited-for")
+def test_its_filesystem_is_unmounted_at_once_where_others_may_connect():
+    """The broker has another process close its files."""
+    unmounted_at_once("--everyone", "yes")
+
+
+def unmounted_at_once(*arguments):
+    with Broker("--reuse-wal", "5s", *arguments) as broker:
         if os.geteuid():
             raise harness.Skip("only root can mount")
         image, mount = broker.path("image"), broker.path("mount")
@@ -369,12 +380,14 @@ def test_its_filesystem_is_unmounted_at_once():
             umount = f"umount {mount} && mount -o loop {image} {mount}"
             for n, program in close_and(broker, db, lambda n: shell(umount)):
                 at_once(program)
-            # Nor if the keeper has no time to close its descriptors just then.
+            # Nor if the keeper, or who closes for the broker, has no time to close its descriptors just then.
             with Short(1, db, broker, "last") as short:
                 short.each()
                 keeper, program = broker.status()["broker"]["keeper"], shell(umount)
-                os.kill(keeper, signal.SIGSTOP)
-                threading.Timer(0.3, os.kill, (keeper, signal.SIGCONT)).start()
+                closers = processes_of(broker, "turnstile-recv")
+                for pid, seconds in ((keeper, 0.2), *((pid, 0.6) for pid in closers)):
+                    os.kill(pid, signal.SIGSTOP)
+                    threading.Timer(seconds, os.kill, (pid, signal.SIGCONT)).start()
                 short.each()
                 at_once(program)
             check_rows(db, broker.record)
