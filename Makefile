@@ -65,13 +65,14 @@ ifeq ($(BUILD),yes)
 	$(call both_names,$(TARGET))
 endif
 
-# One name for the two libraries of a directory, of which each dynamic linker takes its own.
+# One name for the two libraries of a directory, of which each dynamic linker takes its own. (Not "libturnstile.d": a file of
+# that name is Cargo's.)
 define both_names
 	for platform in $(PLATFORMS); do \
-	    mkdir -p "$(1)/libturnstile.d/$$platform" && \
-	    ln -sfn ../../libturnstile.so "$(1)/libturnstile.d/$$platform/libturnstile.so" || exit 1; done
-	mkdir -p '$(1)/libturnstile.d/$(DOLLAR)PLATFORM'
-	ln -sfn ../../libturnstile-musl.so '$(1)/libturnstile.d/$(DOLLAR)PLATFORM/libturnstile.so'
+	    mkdir -p "$(1)/libturnstile.both/$$platform" && \
+	    ln -sfn ../../libturnstile.so "$(1)/libturnstile.both/$$platform/libturnstile.so" || exit 1; done
+	mkdir -p '$(1)/libturnstile.both/$(DOLLAR)PLATFORM'
+	ln -sfn ../../libturnstile-musl.so '$(1)/libturnstile.both/$(DOLLAR)PLATFORM/libturnstile.so'
 endef
 
 # In a new file and renamed over the old one: programs have that one mapped.
@@ -121,7 +122,7 @@ install-musl: musl
 	ln -sfn libturnstile-musl.so $(DESTDIR)$(LIBDIR)/libturnstile.so
 
 uninstall:
-	rm -rf $(DESTDIR)$(LIBDIR)/libturnstile.d
+	rm -rf $(DESTDIR)$(LIBDIR)/libturnstile.both
 	rm -f $(DESTDIR)$(BINDIR)/turnstile-static $(DESTDIR)$(LIBDIR)/libturnstile-musl.so
 	rm -f $(DESTDIR)$(BINDIR)/turnstile $(DESTDIR)$(LIBDIR)/libturnstile.so $(DESTDIR)$(MANDIR)/man1/turnstile.1 \
 	    $(DESTDIR)$(MANDIR)/man1/turnstile-*.1 $(DESTDIR)$(BASHDIR)/turnstile $(DESTDIR)$(ZSHDIR)/_turnstile \

@@ -58,6 +58,14 @@ fn every_module_has_its_place() {
     }
 }
 
+/// The standard library drops `O_PATH` on musl, and opens what it was not to touch.
+#[test]
+fn o_path_is_asked_of_the_kernel_itself() {
+    for (file, text) in modules_of(".") {
+        assert!(!text.contains("libc::O_PATH"), "{file}: open it by broker::filesystem::named or nix");
+    }
+}
+
 /// The rules are pure: no I/O, no clock of their own, no SQLite.
 #[test]
 fn the_rules_do_no_io() {

@@ -7,7 +7,7 @@ use libfuzzer_sys::fuzz_target;
 use nix::fcntl::OFlag;
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socketpair};
 use nix::sys::stat::Mode as Permissions;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::sync::mpsc::{Sender, channel};
@@ -226,10 +226,10 @@ fn request(kind: u8) -> Request {
     }
 }
 
-fn ask(member: &Member, asked: &Asked) {
+fn ask(member: &Member, asked: &Asked, directory: BorrowedFd) {
     let shared = member.shared().cloned();
     match asked {
-        Asked::OpenWalIndex => drop(member.open_wal_index(|_| true)),
+        Asked::OpenWalIndex => drop(member.open_wal_index(|_| ())),
         Asked::Lock(kind, ahead) => {
             let ask = Ask { request: request(*kind), ahead: *ahead };
             if let Ok(None) = member.try_lock(ask, 1) {
@@ -261,7 +261,7 @@ fn ask(member: &Member, asked: &Asked) {
         }
         Asked::Status => drop(status_report(member.session())),
         Asked::Blocker => drop(member.blocker()),
-        Asked::WalGrew => drop(member.wal_grew()),
+        Asked::WalGrew => drop(member.wal_grew(directory.as_fd())),
         Asked::Header => {
             if let Some(shared) = shared.filter(|s| s.regions() > 0)
                 && let Ok(address) = shared.region(0)
@@ -279,7 +279,8 @@ fuzz_target!(|input: Input| {
         return;
     }
     let database = file("a.db", OFlag::O_RDWR);
-    let config = Config { socket: Some(path().clone()), ..Config::default() };
+    let mut config = Config::default();
+    config.socket = Some(path().clone());
     let join = Join {
         name: Some(b"a.db".to_vec()),
         has_shm: false,
@@ -292,7 +293,7 @@ fuzz_target!(|input: Input| {
     let claim = Joins { database: database.as_fd(), directory, shm: None, join };
     within(Duration::from_secs(1), "a session with a hostile broker", || {
         if let Ok(member) = Member::join(&config, &claim) {
-            input.asked.iter().take(32).for_each(|a| ask(&member, a));
+            input.asked.iter().take(32).for_each(|a| ask(&member, a, claim.directory.as_fd()));
             member.leave();
         }
     });

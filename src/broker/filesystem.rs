@@ -5,8 +5,10 @@
 
 use crate::planted::planted;
 use crate::segment::statx::statx;
+use nix::fcntl::{OFlag, open};
+use nix::sys::stat::Mode;
 use std::ffi::{CStr, CString};
-use std::fs;
+use std::fs::{self, File};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::path::Path;
 
@@ -40,6 +42,12 @@ const LOCAL: &[&str] = &[
     "ubifs",
     "shiftfs",
 ];
+
+/// What is at `path`, without touching it: an `O_PATH` descriptor. (`std::fs::OpenOptions` drops that flag on musl, where it is
+/// part of `O_ACCMODE`, and opens the file itself.)
+pub fn named(path: &Path, flags: OFlag) -> std::io::Result<File> {
+    Ok(open(path, OFlag::O_PATH | OFlag::O_CLOEXEC | flags, Mode::empty())?.into())
+}
 
 /// A filesystem type and where it is mounted.
 #[derive(Clone, Debug, PartialEq, Eq)]

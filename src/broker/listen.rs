@@ -1,5 +1,6 @@
 //! The broker's socket: one broker a path, and never a moment at which the path leads nowhere.
 
+use super::filesystem::named;
 use crate::planted::planted;
 use crate::segment::names::Place;
 use crate::wire::socket::{self, new_socket, short_path};
@@ -157,9 +158,7 @@ fn backlog() -> Backlog {
 /// Of the socket at `path`, and of nothing else: in a directory of another user there may be a link by now.
 fn set_permissions(path: &Path, everyone: bool) -> io::Result<()> {
     let follows = planted("socket-mode-follows-links");
-    let nofollow = if follows { 0 } else { libc::O_NOFOLLOW };
-    let there =
-        OpenOptions::new().read(true).custom_flags(libc::O_PATH | nofollow | libc::O_CLOEXEC).open(path)?;
+    let there = named(path, if follows { OFlag::empty() } else { OFlag::O_NOFOLLOW })?;
     if !there.metadata()?.file_type().is_socket() && !follows {
         return Err(io::Error::new(io::ErrorKind::AlreadyExists, "what is there is not the broker's socket"));
     }

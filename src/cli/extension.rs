@@ -64,10 +64,10 @@ fn is_for(path: &Path, libc: Option<Libc>) -> bool {
 
 /// What goes into `LD_PRELOAD` for this library. Children inherit it, and may run on the other C library, whose linker
 /// stops them at a library that is not its own. Where both are installed each linker takes its own: in
-/// `libturnstile.d/$PLATFORM/libturnstile.so` glibc puts the processor's name (ld.so(8)), and musl takes it as it stands.
+/// `libturnstile.both/$PLATFORM/libturnstile.so` glibc puts the processor's name (ld.so(8)), and musl takes it as it stands.
 pub fn preload_path(library: &Path) -> PathBuf {
     let dir = library.parent().unwrap_or(Path::new("/"));
-    let both = dir.join("libturnstile.d");
+    let both = dir.join("libturnstile.both");
     let leads = |platform: &str, libc: Libc| {
         let own = dir.join(libc.library());
         both.join(platform).join("libturnstile.so").canonicalize().is_ok_and(|led| led == own)
@@ -96,11 +96,11 @@ mod tests {
         for (name, to) in [("$PLATFORM", "libturnstile-musl.so"), (std::env::consts::ARCH, "libturnstile.so")]
         {
             assert_eq!(preload_path(&glibc), glibc, "one alone");
-            std::fs::create_dir_all(dir.join("libturnstile.d").join(name)).unwrap();
-            let link = dir.join("libturnstile.d").join(name).join("libturnstile.so");
+            std::fs::create_dir_all(dir.join("libturnstile.both").join(name)).unwrap();
+            let link = dir.join("libturnstile.both").join(name).join("libturnstile.so");
             symlink(Path::new("../..").join(to), link).unwrap();
         }
-        let both = dir.join("libturnstile.d/$PLATFORM/libturnstile.so");
+        let both = dir.join("libturnstile.both/$PLATFORM/libturnstile.so");
         assert_eq!((preload_path(&glibc), preload_path(&musl)), (both.clone(), both));
         let other = dir.join("other.so");
         assert_eq!(preload_path(&other), other, "TURNSTILE_LIB names another file");

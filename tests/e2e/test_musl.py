@@ -71,7 +71,7 @@ def target(program="turnstile", libraries=("libturnstile.so", "libturnstile-musl
         for name, source in [("turnstile", program), *((n, n) for n in libraries)]:
             shutil.copy(from_both[source], os.path.join(place, name))
         if both:
-            shutil.copytree(os.path.join(MUSL, "libturnstile.d"), os.path.join(place, "libturnstile.d"), symlinks=True)
+            shutil.copytree(os.path.join(MUSL, "libturnstile.both"), os.path.join(place, "libturnstile.both"), symlinks=True)
         with mock.patch.dict(os.environ, {"TURNSTILE_TARGET": place}):
             yield place
 
@@ -368,7 +368,7 @@ def test_what_is_installed_serves_both():
                     assert gated(done.stdout) and not done.stderr, done
         goal("uninstall", root)
         left = [name for _, _, files in os.walk(root) for name in files]
-        assert not left and not os.path.exists(os.path.join(local, "lib/libturnstile.d")), left
+        assert not left and not os.path.exists(os.path.join(local, "lib/libturnstile.both")), left
         # For an image: what it runs is told by `inside`, which mounts the same names.
         bin, lib = os.path.join(musl, "usr/local/bin"), os.path.join(musl, "usr/local/lib")
         run([make, "-C", ROOT, "install-musl", "BUILD=no", f"TARGET={MUSL}", f"DESTDIR={musl}"], timeout=60)

@@ -7,8 +7,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::OFlag;
 use nix::unistd::{AccessFlags, access};
-use turnstile::broker::filesystem::mount_of;
+use turnstile::broker::filesystem::{mount_of, named};
 use turnstile::broker::join;
 use turnstile::wire::message::Join;
 
@@ -30,10 +31,10 @@ pub fn look(path: &Path, settings: &Settings, findings: &mut Findings) -> Option
     let Ok(real) = path.canonicalize().map_err(|e| unopened(path, &e, findings)) else { return None };
     let directory = real.parent().unwrap_or(Path::new("/"));
     // Before anything touches the file: its filesystem may be one that does not answer.
-    let named = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(&real);
-    let named = named.map_err(|e| unopened(path, &e, findings)).ok()?;
+    let there = named(&real, OFlag::empty());
+    let there = there.map_err(|e| unopened(path, &e, findings)).ok()?;
     let own = std::process::id() as i32;
-    let Some(mount) = mount_of(&named, own, &[]) else {
+    let Some(mount) = mount_of(&there, own, &[]) else {
         let advice = "name it by a path of this mount namespace";
         findings.problem("place-unknown", "it cannot be told which filesystem it is on", advice);
         return None;
@@ -104,11 +105,7 @@ fn unopened(path: &Path, e: &io::Error, findings: &mut Findings) {
 
 /// Why a broker would refuse a join with this file from here.
 fn refusal(file: &File, directory: &Path, path: &Path, pid: i32) -> Option<String> {
-    let directory = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
-        .open(directory)
-        .map_err(|e| e.to_string());
+    let directory = named(directory, OFlag::O_DIRECTORY).map_err(|e| e.to_string());
     let join = Join {
         name: path.file_name().map(|name| name.as_bytes().to_vec()),
         has_shm: false,
