@@ -137,12 +137,12 @@ class Systemd:
     BOOT = """
 set -e
 mount --make-rprivate /
-mount -t tmpfs tmpfs /run
+mount -t tmpfs -o mode=755 tmpfs /run
 mkdir -p /run/systemd /run/etc /run/work
 mount -t overlay overlay -o lowerdir=/etc,upperdir=/run/etc,workdir=/run/work /etc
 umount -R /sys/fs/cgroup
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
-mount -t tmpfs tmpfs /var/log
+mount -t tmpfs -o mode=755 tmpfs /var/log
 mount --bind "$1/usr/local" /usr/local
 ldconfig -i 2>/dev/null
 systemd-sysusers /usr/local/lib/sysusers.d/turnstile.conf

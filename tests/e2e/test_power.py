@@ -117,7 +117,7 @@ def test_a_last_close_returns_when_the_wals_end_is_synced():
 
 @fails_without("header-of-any-wal", message="VIOLATION")
 def test_a_header_that_is_not_synced_is_the_first_after_a_mark():
-    survives("wal-full-3")
+    survives("wal-full-anew-1")
     survives("wal-full-short-1")
 
 

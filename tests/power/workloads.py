@@ -30,8 +30,8 @@ WORKERS = 8
 # durable: an acknowledged transaction survives. With journal_mode=DELETE this needs synchronous=EXTRA: at FULL the
 # directory is not synced after the journal was removed, it may be back, and the transaction be rolled back.
 Workload = collections.namedtuple(
-    "Workload", "name brokered journal synchronous writers readers durable files reopen kill page auto_vacuum mode broker faults reuse_wal autocheckpoint",
-    defaults=("app.db", 0, False, 1024, 0, None, None, (), None, 30))
+    "Workload", "name brokered journal synchronous writers readers durable files reopen kill page auto_vacuum mode broker faults reuse_wal autocheckpoint anew",
+    defaults=("app.db", 0, False, 1024, 0, None, None, (), None, 30, False))
 
 # Orders (recording.py): what fails, and how often it does not before it does. Not two that plain SQLite does not survive
 # (docs/power-loss.md): the sync of an emptied journal, and the sync of the database in WAL mode.
@@ -65,6 +65,7 @@ WORKLOADS = [
     Workload("wal-full-short-1", True, "wal", "full", 1, 0, True, reopen=1, reuse_wal="10s", autocheckpoint=1000),
     Workload("wal-mixed-short-2", True, "wal", "mixed", 2, 0, True, reopen=1, reuse_wal="10ms", autocheckpoint=1000),
     Workload("wal-normal-short-1", True, "wal", "normal", 1, 0, False, reopen=1, reuse_wal="5ms", autocheckpoint=1000),
+    Workload("wal-full-anew-1", True, "wal", "full", 1, 0, True, anew=True),
     Workload("delete-extra-3", True, "delete", "extra", 3, 1, True),
     Workload("delete-extra-kill-3", True, "delete", "extra", 3, 1, True, kill=True),
     Workload("truncate-full-3", True, "truncate", "full", 3, 1, True, reopen=40),
@@ -210,6 +211,9 @@ def write(w):
         seq, n = write_all(db, names, w.id)
         db.execute("COMMIT")
         recording.note(f"{word} {w.id} {seq} {n}")
+        # The WAL begins anew with a large transaction over small ones, and with a small one over a large one.
+        if o["anew"] and n % 5 in (1, 4):
+            db.execute("PRAGMA wal_checkpoint").fetchall()
 
     while w.running():
         if chance.randrange(12) == 0:
