@@ -56,6 +56,8 @@ fn table() -> Vec<Row> {
 fn sources_of(file: &str) -> String {
     match file.strip_prefix("test_") {
         Some(_) => read(format!("tests/e2e/{file}.py")),
+        // A unit test.
+        None if file.starts_with("src/") => read(file),
         None => read(format!("tests/{file}.rs")),
     }
 }
@@ -64,7 +66,9 @@ fn sources_of(file: &str) -> String {
 fn text_of(file: &str, name: &str) -> Option<String> {
     let source = sources_of(file);
     let lines: Vec<&str> = source.lines().collect();
-    let begins = |l: &str| l.starts_with(&format!("def {name}(")) || l.starts_with(&format!("fn {name}("));
+    let begins = |l: &str| {
+        l.starts_with(&format!("def {name}(")) || l.trim_start().starts_with(&format!("fn {name}("))
+    };
     let at = lines.iter().position(|l| begins(l))?;
     let attributes =
         lines[..at].iter().rev().take_while(|l| l.starts_with('@') || l.starts_with('#')).count();

@@ -26,6 +26,8 @@ const SUSPECT_RAN: u64 = 8_000_000;
 /// long.
 const SUSPECT_LIMIT: Duration = Duration::from_millis(200);
 const IDLE_SUSPECT_LIMIT: Duration = Duration::from_millis(50);
+/// One that is ready to run, and waits for a processor that others have, this long.
+const STARVED_LIMIT: Duration = Duration::from_secs(2);
 /// So many threads of a process of another pid namespace are looked at to find one.
 const MOST_TASKS: usize = 256;
 /// A turn that is nobody's and that the first in the line does not take: it is woken again.
@@ -111,8 +113,10 @@ impl Server {
                 // Not told, it may be a thread that waits for a processor.
                 _ => planted("clock-alone"),
             };
+        let waited = now.duration_since(since);
         let limit = if seen.idle && ran.is_some() { IDLE_SUSPECT_LIMIT } else { SUSPECT_LIMIT };
-        if moved_on || now.duration_since(since) >= limit {
+        let is_late = waited >= limit && (waited >= STARVED_LIMIT || !waits_for_processor(pid, seen.thread));
+        if moved_on || is_late {
             let turn = db.turn();
             // It may have ended that turn and taken another since it was looked at.
             let same = || unused(turn, db.is_guest(), |seat| db.queue.is_used(seat)) == Some(seen);
@@ -242,6 +246,14 @@ fn time_on_processor(pid: i32, thread: u32) -> Option<u64> {
     text.split(' ').next()?.parse().ok()
 }
 
+/// The thread is ready to run, and has no processor or has just been given one. False also where the kernel does not say: to
+/// tell it, the process must be one that this one may trace (proc_pid_wchan(5), ptrace(2)).
+fn waits_for_processor(pid: i32, thread: u32) -> bool {
+    let task = if pid > 0 { task_of(pid, thread) } else { None };
+    let wchan = task.and_then(|task| std::fs::read_to_string(format!("/proc/{pid}/task/{task}/wchan")).ok());
+    wchan.is_some_and(|place| place == "0") && !planted("starved-is-late")
+}
+
 /// The number here of a thread of the process: in a container it calls itself by another one, its own namespace's, which
 /// is the last of `NSpid` (proc(5)).
 fn task_of(pid: i32, thread: u32) -> Option<u32> {
@@ -279,6 +291,45 @@ mod tests {
         assert_eq!(other.1, Some(other.0));
         // Another process's.
         assert_eq!(task_of(pid, 1), None);
+    }
+
+    #[test]
+    fn a_thread_that_is_kept_from_running_is_told_from_one_that_sleeps() {
+        crate::planted::fails_without("starved-is-late", || {
+            let pid = std::process::id() as i32;
+            let (goes_on, number) =
+                (std::sync::atomic::AtomicBool::new(true), std::sync::atomic::AtomicU32::new(0));
+            let seen = |what: bool, number: u32| {
+                let end = Instant::now() + Duration::from_secs(5);
+                while waits_for_processor(pid, number) != what && Instant::now() < end {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                waits_for_processor(pid, number) == what
+            };
+            std::thread::scope(|scope| {
+                let (goes_on, number) = (&goes_on, &number);
+                let own = || nix::unistd::gettid().as_raw() as u32;
+                let busy = scope.spawn(move || {
+                    number.store(own(), SeqCst);
+                    while goes_on.load(SeqCst) {}
+                    // Asleep from here on.
+                    number.store(0, SeqCst);
+                    std::thread::park();
+                });
+                while number.load(SeqCst) == 0 {
+                    std::thread::yield_now();
+                }
+                let thread = number.load(SeqCst);
+                let runs = seen(true, thread);
+                goes_on.store(false, SeqCst);
+                while number.load(SeqCst) != 0 {
+                    std::thread::yield_now();
+                }
+                let sleeps = seen(false, thread);
+                busy.thread().unpark();
+                assert!(runs && sleeps, "{runs} {sleeps}");
+            });
+        });
     }
 
     #[test]
