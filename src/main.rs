@@ -29,6 +29,8 @@ enum Command {
     Status(cli::status::StatusArgs),
     /// Find out what is wrong with a database, its place, its users and their settings. Changes nothing.
     Doctor(cli::doctor::DoctorArgs),
+    /// Copy a database that others write meanwhile.
+    Backup(cli::backup::BackupArgs),
     /// Compare plain SQLite with turnstile on this machine, in less than half a minute.
     Demo(cli::demo::DemoArgs),
     /// Measure plain SQLite against turnstile on this machine.
@@ -60,6 +62,7 @@ fn main() -> ExitCode {
         Command::Serve(args) => cli::serve::run(args),
         Command::Status(args) => cli::status::run(args),
         Command::Doctor(args) => cli::doctor::run(args),
+        Command::Backup(args) => cli::backup::run(args),
         Command::Demo(args) => cli::demo::run(args),
         Command::Bench(args) => cli::bench::run(args),
         Command::Generate(args) => cli::generate::run(args, Arguments::command()),

@@ -1,5 +1,6 @@
 //! The `turnstile` program's commands.
 
+pub mod backup;
 pub mod bench;
 pub mod demo;
 pub mod doctor;
