@@ -27,6 +27,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use rusqlite::{Connection, InterruptHandle};
 use serde::Serialize;
+use turnstile::planted::planted;
 
 use super::processes::{Signals, Stop};
 use progress::Progress;
@@ -202,6 +203,11 @@ impl Main {
 fn backup(args: &BackupArgs, began: Instant) -> Result<Done, Failure> {
     let signals = Signals::take()?;
     source::keep_reasons();
+    if !planted("backup-takes-its-turn") {
+        // Whatever others want or have been learned to: this transaction only reads, and keeps no writer waiting.
+        // SAFETY: there is no other thread yet.
+        unsafe { std::env::set_var("TURNSTILE_BEGIN", "deferred") };
+    }
     let (events, told) = channel();
     let (mut heard, bell) = io::pipe().map_err(Failure::doing("cannot make a pipe"))?;
     let signal = Arc::new(AtomicI32::new(0));

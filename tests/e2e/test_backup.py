@@ -16,6 +16,7 @@ import threading
 import harness
 from harness import (PYTHON, SHELL, Broker, PlainError, PlainShell, Skip, Workers, acknowledged, check_rows, connect, create,
                      fails_without, is_busy, plain, planted_build, run, wait_until)
+from test_belief import poison
 
 NOBODY = 65534
 
@@ -261,6 +262,33 @@ def test_it_ends_while_eight_writers_write():
             for i in range(8):
                 writers.kill(i)
         check_rows(db, broker.record, killed=range(8))
+
+
+@fails_without("backup-takes-its-turn")
+def test_it_keeps_no_writer_waiting():
+    """It takes no turn, whatever the settings say of transactions that begin by reading."""
+    with Broker() as broker, directory() as place:
+        db, file = create_with_pages(broker.path("app.db")), os.path.join(place, "copy.db")
+        member = connect(db, broker=broker, mode="gated")
+        with Held(db, file, broker=broker, env={"TURNSTILE_BEGIN": "immediate"}) as held:
+            assert broker.database(db)["turn"] is None, broker.database(db)
+            for seq in range(20):
+                member.execute("INSERT INTO rows VALUES(0, ?)", (seq,))
+            held.end()
+        assert read_copy(file) == []
+        member.close()
+
+
+@fails_without("page-believed,frame-believed,size-believed")
+def test_what_is_read_without_the_gate_is_no_copy():
+    """Plain clients may have been in meanwhile: the pages are read as a member reads them, and looked after."""
+    with Broker() as broker, directory() as place:
+        db, file = create_with_pages(broker.path("app.db")), os.path.join(place, "copy.db")
+        with Held(db, file, broker=broker) as held:
+            poison(broker, db)
+            said = held.end(1)
+            assert "cannot be read on" in said and len(said.splitlines()) == 1, said
+        assert os.listdir(place) == []
 
 
 def test_page_sizes_and_an_empty_database():

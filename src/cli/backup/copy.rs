@@ -67,8 +67,11 @@ pub fn copy(
     }
     let mut in_order: Vec<_> = newest.into_iter().collect();
     in_order.sort_unstable();
-    for (page, frame) in in_order {
+    for (nth, (page, frame)) in in_order.into_iter().enumerate() {
         go_on()?;
+        if let (0, Some(pace)) = ((nth + 1) % (PIECE / page_size as usize), &mut paced) {
+            pace.rest(go_on)?;
+        }
         let (Some(frames), Some(bytes)) = (snapshot.frames(), buffer.get_mut(..page_size as usize)) else {
             break;
         };

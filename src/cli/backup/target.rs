@@ -1,7 +1,7 @@
 //! The copy's file: without a name until it is complete and on the disk, where the filesystem can do that (`O_TMPFILE`), else
 //! under a name of its own that is removed when something goes wrong.
 
-use std::ffi::{CString, OsStr};
+use std::ffi::{CStr, CString, OsStr};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -9,9 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{
-    AT_FDCWD, AtFlags, FallocateFlags, OFlag, RenameFlags, fallocate, open, openat, renameat, renameat2,
-};
+use nix::fcntl::{AT_FDCWD, AtFlags, FallocateFlags, OFlag, fallocate, open, openat, renameat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fchmod, fstat, fstatat, umask};
 use nix::unistd::{
     Gid, LinkatFlags, Uid, UnlinkatFlags, fchown, fsync, ftruncate, geteuid, linkat, unlinkat,
@@ -227,7 +225,7 @@ impl Target {
     fn name_it(&self) -> nix::Result<()> {
         let Some(temporary) = &self.temporary else { return self.link(&self.name) };
         let (from, to) = (temporary.as_c_str(), self.name.as_c_str());
-        match renameat2(&self.directory, from, &self.directory, to, RenameFlags::RENAME_NOREPLACE) {
+        match rename_to_nothing(&self.directory, from, to) {
             // A filesystem that does not know of it.
             Err(Errno::EINVAL | Errno::ENOSYS) => {
                 linkat(&self.directory, from, &self.directory, to, LinkatFlags::empty())?;
@@ -282,6 +280,16 @@ fn temporary_name(name: &CString) -> CString {
     let end = format!(".backup-{}-{nanos}", std::process::id());
     let bytes = &name.as_bytes()[..name.as_bytes().len().min(200)];
     CString::new([b".", bytes, end.as_bytes()].concat()).unwrap_or_default()
+}
+
+/// renameat2(2) with RENAME_NOREPLACE, which musl has no name for.
+fn rename_to_nothing(directory: &OwnedFd, from: &CStr, to: &CStr) -> nix::Result<()> {
+    let fd = directory.as_raw_fd();
+    // SAFETY: a descriptor that is open, and two strings.
+    let done = unsafe {
+        libc::syscall(libc::SYS_renameat2, fd, from.as_ptr(), fd, to.as_ptr(), libc::RENAME_NOREPLACE)
+    };
+    Errno::result(done).map(drop)
 }
 
 /// Read by setting it, and set back: no other thread makes files.
