@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, FallocateFlags, OFlag, fallocate, open, openat, renameat};
-use nix::sys::stat::{FileStat, Mode, SFlag, fchmod, fstat, fstatat, umask};
+use nix::sys::stat::{FileStat, Mode, SFlag, fchmod, fstat, fstatat};
 use nix::unistd::{
     Gid, LinkatFlags, Uid, UnlinkatFlags, fchown, fsync, ftruncate, geteuid, linkat, unlinkat,
 };
@@ -183,7 +183,7 @@ impl Target {
             let _ = fchown(&self.copy, Some(Uid::from_raw(wanted.st_uid)), None);
         }
         let _ = fchown(&self.copy, None, Some(Gid::from_raw(wanted.st_gid)));
-        let mut mode = wanted.st_mode & 0o666 & !current_umask().bits();
+        let mut mode = wanted.st_mode & 0o666 & !current_umask();
         // Another group gets what everybody had, at most. And with an ACL the group's bits are a mask, and not the group's.
         if fstat(&self.copy)?.st_gid != wanted.st_gid || self.source.has_acl {
             mode &= !0o070 | (mode & 0o007) << 3;
@@ -292,11 +292,11 @@ fn rename_to_nothing(directory: &OwnedFd, from: &CStr, to: &CStr) -> nix::Result
     Errno::result(done).map(drop)
 }
 
-/// Read by setting it, and set back: no other thread makes files.
-fn current_umask() -> Mode {
-    let mask = umask(Mode::empty());
-    umask(mask);
-    mask
+/// As Linux tells it; 077 where it does not. (umask(2) tells it only by setting another one, for all threads.)
+fn current_umask() -> u32 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let umask = status.lines().find_map(|line| line.strip_prefix("Umask:"));
+    umask.and_then(|octal| u32::from_str_radix(octal.trim(), 8).ok()).unwrap_or(0o077)
 }
 
 fn has_acl(path: &Path) -> bool {
