@@ -1,6 +1,7 @@
 """`turnstile backup`: the copy is a committed state, complete under its name or not there; what it refuses; and what
 docs/backup.md says of other ways to back up and of restoring."""
 
+import atexit
 import collections
 import contextlib
 import functools
@@ -67,6 +68,7 @@ def between():
     if not shutil.which("cc"):
         raise Skip("no C compiler")
     directory = tempfile.mkdtemp(prefix="ts-between-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
     source, library = os.path.join(directory, "between.c"), os.path.join(directory, "between.so")
     with open(source, "w") as f:
         f.write(BETWEEN)
