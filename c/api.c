@@ -16,7 +16,6 @@ struct turnstile_api {
   sqlite3_vfs *(*vfs_find)(const char *);
   int (*vfs_register)(sqlite3_vfs *, int);
   int (*file_control)(sqlite3 *, const char *, int, void *);
-  int (*auto_extension)(void (*)(void));
   sqlite3_stmt *(*next_stmt)(sqlite3 *, sqlite3_stmt *);
   int (*stmt_busy)(sqlite3_stmt *);
   int (*stmt_readonly)(sqlite3_stmt *);
@@ -37,7 +36,10 @@ struct turnstile_api {
   const char *(*filename_wal)(const char *);
   int (*txn_state)(sqlite3 *, const char *);
   int (*column_count)(sqlite3_stmt *);
-  int (*wal_autocheckpoint)(sqlite3 *, int); /* NULL in a library without WAL */
+  sqlite3_uint64 (*msize)(void *);
+  /* These two are NULL in a library without WAL. */
+  void *(*wal_hook)(sqlite3 *, int (*)(void *, sqlite3 *, const char *, int), void *);
+  int (*wal_autocheckpoint)(sqlite3 *, int);
   int (*is_interrupted)(sqlite3 *); /* 3.41; else NULL */
   const char *(*db_name)(sqlite3 *, int); /* 3.39; else NULL */
 };
@@ -51,7 +53,6 @@ int turnstile_api_read(const sqlite3_api_routines *p, int least, struct turnstil
   out->vfs_find = p->vfs_find;
   out->vfs_register = p->vfs_register;
   out->file_control = p->file_control;
-  out->auto_extension = p->auto_extension;
   out->next_stmt = p->next_stmt;
   out->stmt_busy = p->stmt_busy;
   out->stmt_readonly = p->stmt_readonly;
@@ -73,6 +74,8 @@ int turnstile_api_read(const sqlite3_api_routines *p, int least, struct turnstil
   out->txn_state = p->txn_state;
   out->column_count = p->column_count;
   out->db_name = version>=3039000 ? p->db_name : NULL;
+  out->msize = p->msize;
+  out->wal_hook = p->wal_hook;
   out->wal_autocheckpoint = p->wal_autocheckpoint;
   out->is_interrupted = version>=3041000 ? p->is_interrupted : NULL;
   return version;

@@ -24,37 +24,21 @@ fn file_control<T>(
     (rc == ffi::SQLITE_OK).then_some(out)
 }
 
-/// Whether the connection's main database is brokered.
-pub fn is_brokered(library: &Library, db: *mut ffi::sqlite3) -> bool {
-    let op = ffi::SQLITE_FCNTL_FILE_POINTER;
-    let file = file_control(library, db, c"main", op, ptr::null_mut::<ffi::sqlite3_file>());
-    let Some(file) = file.filter(|f| !f.is_null()) else { return false };
-    // SAFETY: SQLite's pointer to the database's file; wrapped, and no callback of it is running.
-    unsafe {
-        !(*file).pMethods.is_null()
-            && Wrapped::is_wrapped(file)
-            && matches!(&Wrapped::of(file).kind, Kind::Main(main) if main.seat().is_some())
-    }
-}
-
-/// Whether every database of the connection that can have a WAL is one that the broker checkpoints. Asked outside
-/// any call of the VFS.
-pub fn all_checkpointed_by_broker(library: &Library, db: *mut ffi::sqlite3) -> bool {
-    let names = database_names(library, db);
-    // None: there was no memory to ask.
-    !names.is_empty()
-        && names.iter().all(|name| {
-            let op = ffi::SQLITE_FCNTL_FILE_POINTER;
-            let file = file_control(library, db, name, op, ptr::null_mut::<ffi::sqlite3_file>());
-            let Some(file) = file.filter(|f| !f.is_null()) else { return true };
-            // SAFETY: SQLite's pointer to the database's file; if wrapped, no callback of it is running.
-            unsafe {
-                (*file).pMethods.is_null() // in memory, or temporary
+/// Whether each of these databases of the connection that can have a WAL is one that the broker checkpoints. Asked outside any
+/// call of the VFS.
+pub fn all_checkpointed_by_broker(library: &Library, db: *mut ffi::sqlite3, names: &[CString]) -> bool {
+    names.iter().all(|name| {
+        let op = ffi::SQLITE_FCNTL_FILE_POINTER;
+        let file = file_control(library, db, name, op, ptr::null_mut::<ffi::sqlite3_file>());
+        let Some(file) = file.filter(|f| !f.is_null()) else { return true };
+        // SAFETY: SQLite's pointer to the database's file; if wrapped, no callback of it is running.
+        unsafe {
+            (*file).pMethods.is_null() // in memory, or temporary
                 || Wrapped::is_wrapped(file)
                     && matches!(&Wrapped::of(file).kind, Kind::Main(main)
                         if main.checkpointed_by_broker())
-            }
-        })
+        }
+    })
 }
 
 /// Adopts every database of the connection. On error nothing half-works: what could not be adopted stays plain
@@ -64,20 +48,43 @@ pub fn all_checkpointed_by_broker(library: &Library, db: *mut ffi::sqlite3) -> b
 /// shared cache whose schema somebody changes that fails, and SQLite takes the error for the open's.
 pub fn connection(library: &'static Library, db: *mut ffi::sqlite3, opening: bool) -> Result<(), String> {
     if !planted("list-before-main") {
-        // First, because `PRAGMA database_list` reads the schema before SQLite 3.39 or so, and whatever has been read
+        // First, because `PRAGMA database_list`, where it must be used, reads the schema before SQLite 3.39 or so, and whatever has been read
         // in WAL mode keeps its lock.
         database(library, db, c"main")?;
     }
     if !opening || planted("names-at-open") {
-        for name in database_names(library, db) {
+        let names = database_names(library, db, true).filter(|_| !planted("names-at-open"));
+        let names = names.unwrap_or_else(|| listed(library, db));
+        for name in names {
             database(library, db, &name)?;
         }
     }
     Ok(())
 }
 
-/// `PRAGMA database_list`, the only way that works in every version.
-fn database_names(library: &Library, db: *mut ffi::sqlite3) -> Vec<CString> {
+/// The connection's databases, without a statement that the application's authorizer, profile or progress handler would see.
+/// SQLite before 3.39 does not tell: there it is known only that a connection that has `attached` nothing has no more than two.
+pub fn database_names(library: &Library, db: *mut ffi::sqlite3, attached: bool) -> Option<Vec<CString>> {
+    if planted("asked-by-statements") {
+        return Some(listed(library, db));
+    }
+    match library.api.db_name {
+        Some(db_name) => {
+            let name = |index| {
+                // SAFETY: the connection in whose call we are; its own name for a database, NUL-terminated if not null.
+                unsafe {
+                    let name = db_name(db, index);
+                    (!name.is_null()).then(|| CStr::from_ptr(name).to_owned())
+                }
+            };
+            Some((0..).map_while(name).collect())
+        }
+        None => (!attached).then(|| vec![c"main".to_owned(), c"temp".to_owned()]),
+    }
+}
+
+/// `PRAGMA database_list`: for an application that loads the extension into a SQLite before 3.39, once.
+fn listed(library: &Library, db: *mut ffi::sqlite3) -> Vec<CString> {
     let api = &library.api;
     let mut names = Vec::new();
     let mut statement = ptr::null_mut();

@@ -1,6 +1,7 @@
 //! SQLite as this extension sees it: the routines of the library that loaded it, one set a library, because one
 //! process can hold two SQLite libraries that both load the same extension.
 
+use super::hook::Place;
 use libsqlite3_sys as ffi;
 use std::ffi::{CStr, CString, c_char, c_int, c_uchar, c_uint, c_void};
 use std::ptr;
@@ -11,6 +12,7 @@ pub const OLDEST_SQLITE: c_int = 3_034_000;
 
 type Db = *mut ffi::sqlite3;
 type Stmt = *mut ffi::sqlite3_stmt;
+type WalHook = unsafe extern "C" fn(*mut c_void, Db, *const c_char, c_int) -> c_int;
 type Traced = unsafe extern "C" fn(c_uint, *mut c_void, *mut c_void, *mut c_void) -> c_int;
 
 /// The routines, in the order of `struct turnstile_api` in `c/api.c`.
@@ -22,7 +24,6 @@ pub struct Routines {
     pub vfs_find: unsafe extern "C" fn(*const c_char) -> *mut ffi::sqlite3_vfs,
     pub vfs_register: unsafe extern "C" fn(*mut ffi::sqlite3_vfs, c_int) -> c_int,
     pub file_control: unsafe extern "C" fn(Db, *const c_char, c_int, *mut c_void) -> c_int,
-    pub auto_extension: unsafe extern "C" fn(*const c_void) -> c_int,
     pub next_stmt: unsafe extern "C" fn(Db, Stmt) -> Stmt,
     pub stmt_busy: unsafe extern "C" fn(Stmt) -> c_int,
     pub stmt_readonly: unsafe extern "C" fn(Stmt) -> c_int,
@@ -43,6 +44,8 @@ pub struct Routines {
     pub filename_wal: unsafe extern "C" fn(*const c_char) -> *const c_char,
     pub txn_state: unsafe extern "C" fn(Db, *const c_char) -> c_int,
     pub column_count: unsafe extern "C" fn(Stmt) -> c_int,
+    pub msize: unsafe extern "C" fn(*mut c_void) -> u64,
+    pub wal_hook: Option<unsafe extern "C" fn(Db, Option<WalHook>, *mut c_void) -> *mut c_void>,
     pub wal_autocheckpoint: Option<unsafe extern "C" fn(Db, c_int) -> c_int>,
     pub is_interrupted: Option<unsafe extern "C" fn(Db) -> c_int>,
     pub db_name: Option<unsafe extern "C" fn(Db, c_int) -> *const c_char>,
@@ -62,6 +65,7 @@ pub struct Library {
     pub original: ffi::sqlite3_vfs,
     /// The VFS named "turnstile".
     pub vfs: ffi::sqlite3_vfs,
+    pub hook: Place,
     next: *mut Library,
 }
 
@@ -107,7 +111,7 @@ impl Library {
         original: ffi::sqlite3_vfs,
         vfs: ffi::sqlite3_vfs,
     ) -> Library {
-        Library { api, unix, original, vfs, next: ptr::null_mut() }
+        Library { api, unix, original, vfs, hook: Place::default(), next: ptr::null_mut() }
     }
 
     /// Writes to SQLite's error log; the only place where the host's operator finds our reasons.

@@ -2,18 +2,20 @@
 //!
 //! A connection's automatic checkpoint is SQLite's own WAL hook with a number of frames. That hook stays; its number is
 //! raised to one that no WAL reaches, with the old one in its low bits. So it can always be told from an
-//! application's hook or setting, which must not be touched: `PRAGMA wal_autocheckpoint` says the number if the hook is
-//! SQLite's, and 0 if it is not. (`sqlite3_wal_hook` would replace what it is to look at.) When the application asks or
-//! sets by that pragma, it finds its own number; the next statement that writes looks again.
+//! application's hook or setting, which must not be touched (see [`super::hook`]). When the application asks or sets by
+//! `PRAGMA wal_autocheckpoint`, it finds its own number; the next statement that writes looks again. No statement is run for
+//! any of this: the application's authorizer, profile or progress handler would see it.
 //!
 //! A connection in `locking_mode=EXCLUSIVE` locks the broker's checkpointer out, so it has its own number back: at that
 //! pragma, and whenever it is found to keep EXCLUSIVE.
 //!
-//! Not when the connection opens: SQLite sets its default after the auto-extensions. At the start of a statement that
-//! writes, from its trace: no call of the VFS is running then, and a statement may be prepared.
+//! Raised not when the connection opens, because SQLite sets its default after the auto-extensions, but at the start of a
+//! statement that writes, from its trace: no call of the VFS is running then, and the other databases may be looked at. Given
+//! back at any time, also where an application's trace has taken the place of ours.
 
 use super::adopt;
 use super::api::Library;
+use super::hook;
 use super::main_file::MainFile;
 use super::statement;
 use crate::client::Lost;
@@ -23,8 +25,7 @@ use crate::segment::atomic::SeqCst;
 use crate::segment::futex;
 use crate::segment::layout::CheckpointWords;
 use libsqlite3_sys as ffi;
-use std::ffi::{CStr, c_int};
-use std::ptr;
+use std::ffi::c_int;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
@@ -48,16 +49,16 @@ pub struct Automatic {
     overdue: AtomicU32,
     /// The broker was gone, and the next one is waited for.
     lapsed: AtomicBool,
+    /// A statement that may attach a database has started.
+    attached: AtomicBool,
 }
 
-/// To be looked at when the next statement starts.
+/// To be looked at when the next statement starts that writes.
 const LOOK: u8 = 0;
-/// Being looked at.
-const LOOKING: u8 = 1;
-/// SQLite's, the application's, or off by its wish.
-const OWN: u8 = 2;
+/// SQLite's own, with the application's number.
+const OWN: u8 = 1;
 /// The broker's.
-const BROKERS: u8 = 3;
+const BROKERS: u8 = 2;
 
 impl Default for Automatic {
     fn default() -> Automatic {
@@ -66,6 +67,7 @@ impl Default for Automatic {
             threshold: AtomicU32::new(u32::MAX),
             overdue: AtomicU32::new(0),
             lapsed: AtomicBool::new(false),
+            attached: AtomicBool::new(false),
         }
     }
 }
@@ -76,9 +78,9 @@ impl Automatic {
         self.state.store(LOOK, Relaxed);
     }
 
-    /// The broker is gone.
-    fn lapse(&self) {
-        self.lapsed.store(true, Relaxed);
+    /// A statement starts that may attach a database.
+    pub fn attaches(&self) {
+        self.attached.store(true, Relaxed);
         self.look_again();
     }
 
@@ -90,18 +92,16 @@ impl Automatic {
 
 /// Looks at the connection's automatic checkpoint. Called when a statement starts, outside any call of the VFS.
 pub fn look(library: &'static Library, db: *mut ffi::sqlite3, automatic: &Automatic) {
-    let Some(set) = library.api.wal_autocheckpoint else { return };
-    automatic.state.store(LOOKING, Relaxed);
-    let Some(now) = setting(library, db) else {
-        // Forbidden by the application's authorizer, say. What has been raised is lowered when it can be.
-        let raised = automatic.threshold.load(Relaxed) != u32::MAX;
-        return automatic.state.store(if raised { LOOK } else { OWN }, Relaxed);
+    let (Some(set), Some(now)) = (library.api.wal_autocheckpoint, hook::automatic(library, db)) else {
+        return automatic.state.store(OWN, Relaxed);
     };
     automatic.threshold.store(u32::MAX, Relaxed);
-    let brokers = adopt::all_checkpointed_by_broker(library, db) || planted("attached-forgotten");
     let wanted = now & !RAISED;
-    let mut state = OWN;
-    if brokers && wanted >= DEFAULT {
+    // Nothing to take over. (Not yet: a statement of an auto-extension's, before SQLite has set its default.)
+    let mut state = if wanted == 0 { LOOK } else { OWN };
+    let names = || adopt::database_names(library, db, automatic.attached.load(Relaxed));
+    let brokers = || names().is_some_and(|names| adopt::all_checkpointed_by_broker(library, db, &names));
+    if wanted >= DEFAULT && (brokers() || planted("attached-forgotten")) {
         state = BROKERS;
         automatic.threshold.store(wanted, Relaxed);
     }
@@ -114,43 +114,26 @@ pub fn look(library: &'static Library, db: *mut ffi::sqlite3, automatic: &Automa
     automatic.state.store(state, Relaxed);
 }
 
-/// `PRAGMA wal_autocheckpoint`: the number of SQLite's own hook; 0 if there is another one, or none.
-fn setting(library: &Library, db: *mut ffi::sqlite3) -> Option<u32> {
-    let api = &library.api;
-    let mut statement = ptr::null_mut();
-    // SAFETY: the connection in whose statement we are; the new one is finalized before returning.
-    unsafe {
-        let sql = c"PRAGMA wal_autocheckpoint";
-        let mut number = None;
-        if (api.prepare_v2)(db, sql.as_ptr(), -1, &mut statement, ptr::null_mut()) == ffi::SQLITE_OK
-            && (api.step)(statement) == ffi::SQLITE_ROW
-        {
-            let text = (api.column_text)(statement, 0);
-            if !text.is_null() {
-                // Negative numbers are off, like 0.
-                number = CStr::from_ptr(text.cast()).to_str().ok().map(|t| t.parse().unwrap_or(0));
-            }
-        }
-        (api.finalize)(statement);
-        number
-    }
-}
-
-/// The application asks for its setting, or sets it: it meets SQLite's own hook with its own number.
-pub fn asked_for(library: &'static Library, db: *mut ffi::sqlite3, automatic: &Automatic) {
-    let was = automatic.state.swap(LOOKING, Relaxed);
-    if was == LOOKING || planted("autocheckpoint-tells-raised") {
-        return automatic.state.store(was, Relaxed); // it is ourselves who ask
-    }
-    if let Some(set) = library.api.wal_autocheckpoint
-        && automatic.threshold.load(Relaxed) != u32::MAX
-        && let Some(now) = setting(library, db)
-        && now & RAISED != 0
+/// The connection has SQLite's own hook with its own number. Called in any call on the connection.
+pub fn give_back(library: &'static Library, db: *mut ffi::sqlite3, automatic: &Automatic) {
+    if automatic.threshold.swap(u32::MAX, Relaxed) != u32::MAX
+        && let Some(set) = library.api.wal_autocheckpoint
+        && let Some(now) = hook::automatic(library, db).filter(|now| now & RAISED != 0)
     {
         // SAFETY: as in `look`.
         unsafe { set(db, (now & !RAISED) as c_int) };
     }
     automatic.look_again();
+}
+
+/// A planted fault: as if SQLite had set its default already.
+pub fn raise_early(library: &'static Library, db: *mut ffi::sqlite3, automatic: &Automatic) {
+    if let Some(set) = library.api.wal_autocheckpoint {
+        // SAFETY: the connection that is being opened, in whose call we are.
+        unsafe { set(db, (RAISED | DEFAULT) as c_int) };
+        automatic.threshold.store(DEFAULT, Relaxed);
+        automatic.state.store(BROKERS, Relaxed);
+    }
 }
 
 impl Member {
@@ -192,15 +175,28 @@ impl MainFile {
         }
     }
 
-    /// Tells the broker, once; again when it seems not to hear. If it is gone, SQLite's automatic checkpoints come
-    /// back, with the next statement.
+    /// The broker is gone, or checkpoints no more: SQLite's automatic checkpoints come back.
+    fn lapse(&self) {
+        let Some(note) = self.known_note() else { return };
+        note.automatic.lapsed.store(true, Relaxed);
+        // In a shared cache the note may be of a connection that another thread is in a call of.
+        match note.db() == self.db()
+            && !self.shared_cache.load(Relaxed)
+            && !planted("given-back-by-trace-alone")
+        {
+            true => give_back(self.library, note.db(), &note.automatic),
+            false => note.automatic.look_again(),
+        }
+    }
+
+    /// Tells the broker, once; again when it seems not to hear.
     #[cold]
     fn tell_broker(&self, due: u32, threshold: u32) -> Result<(), Lost> {
         let (Some(note), Some(member)) = (self.known_note(), self.gated()) else { return Ok(()) };
         let Some(words) = member.shared().and_then(|s| s.checkpoint()) else { return Ok(()) };
         let automatic = &note.automatic;
         if words.duty.load(SeqCst) == 0 {
-            automatic.lapse();
+            self.lapse();
             return Ok(());
         }
         let first = words.asked.load(SeqCst) == 0 && words.asked.swap(1, SeqCst) == 0;
@@ -221,7 +217,7 @@ impl MainFile {
         };
         if !first && member.session().is_lost() || told.is_err() {
             words.duty.store(0, SeqCst);
-            automatic.lapse();
+            self.lapse();
         }
         Ok(())
     }
@@ -256,9 +252,7 @@ impl MainFile {
         // In vain: is there still a broker that will answer?
         if begun.elapsed() >= LONGEST_HOLD && self.gated().is_some_and(|m| m.session().is_lost()) {
             words.duty.store(0, SeqCst);
-            if let Some(note) = self.known_note() {
-                note.automatic.lapse();
-            }
+            self.lapse();
         }
     }
 }

@@ -3,6 +3,7 @@
 use super::autocheckpoint;
 use super::main_file::{MainFile, Service};
 use super::methods::real;
+use super::note;
 use super::statement::Connection;
 use super::timeouts;
 use super::wrapped::{Kind, Wrapped};
@@ -40,9 +41,16 @@ pub fn file_control(file: *mut ffi::sqlite3_file, w: &mut Wrapped, op: c_int, ar
         match op {
             ffi::SQLITE_FCNTL_PDB => {
                 main.connection = Connection::Current(arg.cast());
+                let opening = note::is_opening(main.library, main.db());
+                if opening && main.seat().is_some() && !planted("no-trace") {
+                    note::trace(main.library, main.db());
+                }
                 // Another database of a connection may be one that the broker does not checkpoint.
                 if let Some(note) = main.note() {
                     note.automatic.look_again();
+                    if opening && planted("autocheckpoint-set-early") {
+                        autocheckpoint::raise_early(note.library, note.db(), &note.automatic);
+                    }
                 }
             }
             ffi::SQLITE_FCNTL_PRAGMA => {
@@ -96,27 +104,6 @@ pub fn file_control(file: *mut ffi::sqlite3_file, w: &mut Wrapped, op: c_int, ar
     rc
 }
 
-/// What must be done before a pragma is looked at: it runs a statement of its own, which comes by here again, so that
-/// the file's state must not be borrowed meanwhile.
-///
-/// # Safety
-/// `args` is the array of `SQLITE_FCNTL_PRAGMA` that came with `file`, which is wrapped.
-pub unsafe fn before_pragma(file: *mut ffi::sqlite3_file, args: *mut *mut c_char) {
-    // SAFETY: by contract; the second is the pragma's name.
-    let (name, w) = unsafe { (CStr::from_ptr(*args.add(1)), Wrapped::of(file)) };
-    let Kind::Main(main) = &w.kind else { return };
-    // `locking_mode`: the number is the application's own from here on, also where no trace tells of later statements.
-    let exclusive =
-        name.to_bytes().eq_ignore_ascii_case(b"locking_mode") && !planted("exclusive-left-to-the-broker");
-    if !(exclusive || name.to_bytes().eq_ignore_ascii_case(b"wal_autocheckpoint")) || w.inherited() {
-        return;
-    }
-    let (library, db, note) = (main.library, main.db(), main.known_note().cloned());
-    if let Some(note) = note.filter(|_| !db.is_null()) {
-        autocheckpoint::asked_for(library, db, &note.automatic);
-    }
-}
-
 /// `PRAGMA turnstile_status`, and the timeout that `PRAGMA busy_timeout` passes by on its way to SQLite.
 ///
 /// # Safety
@@ -128,7 +115,21 @@ unsafe fn pragma(main: &mut MainFile, args: *mut *mut c_char) -> Option<c_int> {
         let value = (!value.is_null()).then(|| CStr::from_ptr(value).to_string_lossy().into_owned());
         (CStr::from_ptr(*args.add(1)).to_string_lossy().to_ascii_lowercase(), value)
     };
+    if planted("traced-late") {
+        note::trace(main.library, main.db());
+    }
     match name.as_str() {
+        // `locking_mode`: the number is the application's own from here on, also where no trace tells of later statements.
+        "wal_autocheckpoint" | "locking_mode" if !main.inherited() => {
+            let rule = match name.as_str() {
+                "locking_mode" => "exclusive-left-to-the-broker",
+                _ => "autocheckpoint-tells-raised",
+            };
+            if let Some(note) = main.note().filter(|_| !planted(rule)) {
+                autocheckpoint::give_back(note.library, note.db(), &note.automatic);
+            }
+            None
+        }
         "busy_timeout" => {
             if let Some(ms) = value.and_then(|v| v.trim().parse::<i64>().ok()) {
                 main.told_timeout = true;

@@ -2,14 +2,11 @@
 
 use super::adopt;
 use super::api::{Library, read_routines, say};
-use super::autocheckpoint;
-use super::note::{self, Note};
 use super::open::{delete, open};
 use super::waiting::sleep;
 use crate::client::autostart::own_path;
 use crate::client::config::Config;
 use crate::client::served;
-use crate::planted::planted;
 use libsqlite3_sys as ffi;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -65,22 +62,6 @@ pub unsafe extern "C" fn turnstile_auto_init(
     unsafe { enter(db, message, routines, false) }
 }
 
-/// An auto-extension of its own: traces each connection that opens on a brokered file. Never fails an open.
-unsafe extern "C" fn trace_new(db: *mut ffi::sqlite3, _: *mut *mut c_char, routines: *const c_void) -> c_int {
-    let _ = catch_unwind(|| {
-        // SAFETY: the arguments that SQLite gives an extension.
-        if let Some(library) = unsafe { read_routines(routines) }.ok().and_then(|api| Library::of_table(&api))
-            && adopt::is_brokered(library, db)
-        {
-            note::trace(library, db);
-            if planted("autocheckpoint-set-early") {
-                autocheckpoint::look(library, db, &Note::of(library, db).automatic);
-            }
-        }
-    });
-    ffi::SQLITE_OK
-}
-
 /// # Safety
 /// The arguments of an extension's entry point.
 unsafe fn enter(
@@ -125,14 +106,6 @@ fn silence_panics() {
     });
 }
 
-/// Without the trace, connections' statements are walked.
-fn trace_connections(library: &Library) {
-    if !planted("no-trace") {
-        // SAFETY: an entry point as SQLite calls it, in a library that is never unloaded.
-        let _ = unsafe { (library.api.auto_extension)(trace_new as *const c_void) };
-    }
-}
-
 /// Registers the VFS with a library, once: wraps `unix` in place and makes `turnstile` the default, unless the
 /// application has made another VFS the default.
 fn register(api: super::api::Routines) -> Result<&'static Library, String> {
@@ -141,10 +114,6 @@ fn register(api: super::api::Routines) -> Result<&'static Library, String> {
     // The linker throws away what nobody names.
     std::hint::black_box(&super::build::BUILD);
     if let Some(known) = Library::of_table(&api) {
-        if !planted("traces-once") {
-            // Gone after sqlite3_shutdown and sqlite3_reset_auto_extension; there already, nothing happens.
-            trace_connections(known);
-        }
         return Ok(known);
     }
     // SAFETY: sqlite3_vfs_find with a static name, or null for the default.
@@ -178,7 +147,6 @@ fn register(api: super::api::Routines) -> Result<&'static Library, String> {
         (*unix).xOpen = Some(open);
         (*unix).xDelete = Some(delete);
         (*unix).xSleep = Some(sleep);
-        trace_connections(&*library);
         if make_default == 0 && !default.is_null() {
             let name = CStr::from_ptr((*default).zName).to_string_lossy().into_owned();
             let text =

@@ -285,13 +285,6 @@ unsafe extern "C" fn check_reserved(file: File, out: *mut c_int) -> c_int {
 }
 
 unsafe extern "C" fn file_control(file: File, op: c_int, arg: *mut c_void) -> c_int {
-    if op == ffi::SQLITE_FCNTL_PRAGMA {
-        guarded(ffi::SQLITE_OK, || {
-            // SAFETY: sqlite3.h: with this operation the argument is an array of strings.
-            unsafe { control::before_pragma(file, arg.cast()) };
-            ffi::SQLITE_OK
-        });
-    }
     if op == ffi::SQLITE_FCNTL_PDB && !planted("pdb-asks-the-note") {
         // SAFETY: sqlite3.h: with this operation the argument is the address of a pointer to the connection. The file is
         // open, and what is read and set here may be read and set while others use it.

@@ -4,7 +4,7 @@
 //!   connections that are already open.
 //! * [`open`]: `xOpen`, `xDelete`. [`join`]: from an open file to a seat. [`wrapped`]: our methods over a file's.
 //! * [`methods`]: the C callbacks. [`locks`], [`shm`], [`control`]: what they mean. [`last_close`]: the one that copies the WAL back. [`main_file`]: one
-//!   connection's state. [`statement`]: what the connection is doing. [`timeouts`]: what it was told. [`waiting`]:
+//!   connection's state. [`statement`]: what the connection is doing. [`hook`]: its WAL hook. [`timeouts`]: what it was told. [`waiting`]:
 //!   how long its statement waits.
 
 mod adopt;
@@ -16,6 +16,7 @@ mod control;
 mod durable;
 pub mod entry;
 mod guest;
+mod hook;
 mod join;
 mod last_close;
 mod locks;

@@ -105,7 +105,6 @@ def second_library(broker):
     return Library(copy)
 
 
-@fails_without("traces-once")
 def test_loading_again_after_auto_extensions_were_reset():
     """As sqlite3_shutdown does. Only a traced connection has its automatic checkpoints taken over by the broker."""
     with Broker() as broker:

@@ -426,6 +426,41 @@ def test_automatic_checkpoints_come_back_when_the_broker_is_gone():
         broker.start()
 
 
+def write_with_a_trace(w):
+    """As `write`, by an application that sets a trace of its own once it has written."""
+    keep = load()
+    db = traced(w.path)
+    db.execute("PRAGMA synchronous=NORMAL")
+    db.execute("INSERT INTO rows VALUES('first', 0, '')")
+    db.set_trace_callback(lambda text: None)
+    w.ready()
+    seq = 0
+    w.more["longest"] = 0
+    while w.running():
+        seq += w.measure(lambda: db.execute("INSERT INTO rows VALUES(?, ?, ?)", (w.id, seq, "x" * 1500)), seq)
+        if seq % 64 == 0:
+            w.more["longest"] = max(w.more["longest"], frames(w.path))
+    db.close()
+    keep.close()
+
+
+@waits
+@fails_without("given-back-by-trace-alone")
+@timeout(90)
+def test_automatic_checkpoints_come_back_where_an_application_traces():
+    """Its trace has taken the place of ours, by which we hear of the next statement."""
+    with Broker() as broker:
+        path = made(broker)
+        with Workers(1, write_with_a_trace, 5.0, path, broker) as workers:
+            workers.go()
+            wait_until(lambda: (checkpoints(broker, path) or {}).get("done", 0) > 2, what="checkpoints")
+            broker.kill()
+            result, = workers.wait()
+        assert result["committed"] > 2 * LIMIT and not result["busy"], result
+        assert result["longest"] < 2 * LIMIT, result
+        broker.start()
+
+
 @fails_without("checkpointer-is-anyone", attempts=3)
 @timeout(90)
 def test_exclusive_is_had_beside_a_checkpoint():
