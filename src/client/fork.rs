@@ -1,25 +1,31 @@
 //! After a fork the child shares the parent's wal-index mapping, and SQLite writes there without any VFS call:
 //! a `ROLLBACK` in the child would clean the parent's transaction out of the hash tables. So the child gets
-//! private copies of the mappings before it runs, and everything it inherited becomes inert.
+//! private copies of the mappings before it runs, and everything it inherited becomes inert. (A connection that only reads
+//! joins anew when the child uses it: `vfs/anew.rs`.)
 //!
 //! The cheap test on every call is a page under `MADV_WIPEONFORK`: zero in a child, however it was made. (A
 //! vfork child shares the parent's memory and is the parent until it execs.)
 
-use std::os::fd::RawFd;
+use crate::segment::wal_index::WalIndex;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::ptr;
 use std::sync::Once;
-use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 /// Changes in every forked child; what was made under another number is inherited, and inert.
 static EPOCH: AtomicU64 = AtomicU64::new(1);
 static MARK: AtomicPtr<AtomicU32> = AtomicPtr::new(ptr::null_mut());
 static INSTALL: Once = Once::new();
+/// The last epoch that began in the fork handler, before anything of the child ran.
+static HANDLED: AtomicU64 = AtomicU64::new(0);
 
 /// A shared mapping, in a list that is only ever appended to: the fork handler walks it without a lock.
 struct Mapping {
     /// 0: unused, may be taken again.
     address: AtomicUsize,
     length: AtomicUsize,
+    /// It begins with a wal-index's header, and is one connection's: its copy is set apart.
+    index: AtomicBool,
     next: AtomicPtr<Mapping>,
 }
 
@@ -44,6 +50,11 @@ pub fn epoch() -> u64 {
         in_child(false);
     }
     EPOCH.load(Ordering::Relaxed)
+}
+
+/// This process is a forked child whose mappings were made private before it ran: nothing has read in its parent's since.
+pub fn was_handled() -> bool {
+    HANDLED.load(Ordering::Relaxed) == epoch()
 }
 
 /// Installs the fork handler and the mark, once a process.
@@ -80,7 +91,10 @@ fn in_child(fresh: bool) {
     if crate::planted::planted("fork-unguarded") {
         return;
     }
-    EPOCH.fetch_add(1, Ordering::Relaxed);
+    let epoch = EPOCH.fetch_add(1, Ordering::Relaxed) + 1;
+    if fresh {
+        HANDLED.store(epoch, Ordering::Relaxed);
+    }
     let mark = MARK.load(Ordering::Acquire);
     if !mark.is_null() {
         // SAFETY: mapped for the life of the process.
@@ -92,6 +106,10 @@ fn in_child(fresh: bool) {
         let address = m.address.swap(0, Ordering::Relaxed);
         if address != 0 {
             make_private(address, m.length.swap(0, Ordering::Relaxed));
+            if m.index.load(Ordering::Relaxed) && !crate::planted::planted("child-keeps-its-cache") {
+                // SAFETY: the private copy, as long as a region and more, mapped as long as the connection is open.
+                unsafe { WalIndex::new(address as *mut u8) }.set_apart();
+            }
         }
         node = m.next.load(Ordering::Acquire);
     }
@@ -139,6 +157,19 @@ fn make_private(address: usize, length: usize) {
     }
 }
 
+/// Maps `length` bytes of the memfd from `offset` on in the place of a private copy. False: what is there stays there.
+///
+/// # Safety
+/// A mapping of this process of that length at `address`, of which nobody has a reference into its memory.
+pub unsafe fn map_over(address: usize, length: usize, fd: BorrowedFd, offset: u64, writable: bool) -> bool {
+    let prot = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
+    let flags = libc::MAP_SHARED | libc::MAP_FIXED;
+    // SAFETY: by contract.
+    let at =
+        unsafe { libc::mmap(address as *mut _, length, prot, flags, fd.as_raw_fd(), offset as libc::off_t) };
+    at != libc::MAP_FAILED
+}
+
 /// # Safety
 /// `from` and `to` are page-aligned mappings of `length` bytes.
 unsafe fn copy_present_pages(from: usize, to: usize, length: usize) {
@@ -158,11 +189,21 @@ unsafe fn copy_present_pages(from: usize, to: usize, length: usize) {
 /// Remembers a shared mapping for the fork handler; `forget_mapping` with the same address when it is unmapped. Twice
 /// remembered, it is copied twice: from the shared pages, then from the copy.
 pub fn remember_mapping(address: usize, length: usize) {
+    remember(address, length, false);
+}
+
+/// As [`remember_mapping`], of a mapping that begins with a wal-index's header and that one connection has for itself.
+pub fn remember_index(address: usize, length: usize) {
+    remember(address, length, true);
+}
+
+fn remember(address: usize, length: usize, index: bool) {
     let mut node = MAPPINGS.load(Ordering::Acquire);
     // SAFETY: nodes are leaked boxes, appended only.
     while let Some(m) = unsafe { node.as_ref() } {
         let free = m.length.compare_exchange(0, length, Ordering::AcqRel, Ordering::Relaxed);
         if free.is_ok() {
+            m.index.store(index, Ordering::Relaxed);
             m.address.store(address, Ordering::Release);
             return;
         }
@@ -171,6 +212,7 @@ pub fn remember_mapping(address: usize, length: usize) {
     let new = Box::into_raw(Box::new(Mapping {
         address: AtomicUsize::new(address),
         length: AtomicUsize::new(length),
+        index: AtomicBool::new(index),
         next: AtomicPtr::new(ptr::null_mut()),
     }));
     push(&MAPPINGS, new, |m| &m.next);

@@ -199,13 +199,7 @@ impl Shared {
         let chunk = region / REGIONS_PER_CHUNK;
         let mut chunks = self.chunks.lock().unwrap_or_else(PoisonError::into_inner);
         if let std::collections::btree_map::Entry::Vacant(entry) = chunks.entry(chunk) {
-            let fd = self.wal_index_fd.get().ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))?;
-            let mut options = MmapOptions::new();
-            options.offset(u64::from(chunk) * CHUNK_SIZE as u64).len(CHUNK_SIZE);
-            let map = match self.role {
-                Role::ReadWrite => options.map_raw(fd.as_raw_fd())?,
-                Role::ReadOnly => options.map_raw_read_only(fd.as_raw_fd())?,
-            };
+            let map = self.map(chunk)?;
             fork::remember_mapping(map.as_ptr() as usize, map.len());
             entry.insert(map);
         }
@@ -213,6 +207,16 @@ impl Shared {
         let offset = (region % REGIONS_PER_CHUNK) as usize * REGION_SIZE;
         // SAFETY: the offset is inside the chunk.
         Ok(unsafe { map.as_mut_ptr().add(offset) })
+    }
+
+    fn map(&self, chunk: u32) -> io::Result<MmapRaw> {
+        let fd = self.wal_index_fd.get().ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))?;
+        let mut options = MmapOptions::new();
+        options.offset(u64::from(chunk) * CHUNK_SIZE as u64).len(CHUNK_SIZE);
+        match self.role {
+            Role::ReadWrite => options.map_raw(fd.as_raw_fd()),
+            Role::ReadOnly => options.map_raw_read_only(fd.as_raw_fd()),
+        }
     }
 
     /// Another descriptor of the wal-index, for SQLite to take for its `-shm` file.
@@ -291,6 +295,58 @@ impl Shared {
             }
         }
         Ok(())
+    }
+}
+
+/// A connection's own mapping of the wal-index: one that only reads, and may have to join anew in a forked child. SQLite
+/// keeps the addresses, so what a child joins is mapped in their place; and a connection is to notice that by itself.
+#[derive(Debug, Default)]
+pub struct OwnIndex {
+    chunks: BTreeMap<u32, MmapRaw>,
+}
+
+impl OwnIndex {
+    /// As [`Shared::region`].
+    pub fn region(&mut self, shared: &Shared, region: u32) -> io::Result<*mut u8> {
+        let chunk = region / REGIONS_PER_CHUNK;
+        if let std::collections::btree_map::Entry::Vacant(entry) = self.chunks.entry(chunk) {
+            let map = entry.insert(shared.map(chunk)?);
+            remember(chunk, map);
+        }
+        let offset = (region % REGIONS_PER_CHUNK) as usize * REGION_SIZE;
+        // SAFETY: the offset is inside the chunk.
+        Ok(unsafe { self.chunks[&chunk].as_mut_ptr().add(offset) })
+    }
+
+    /// The first region, if it is mapped.
+    pub fn head(&self) -> Option<*mut u8> {
+        self.chunks.get(&0).map(MmapRaw::as_mut_ptr)
+    }
+
+    /// In a forked child: has `shared` in the place of what its parent had. False: some of it is still the private copy.
+    pub fn move_to(&self, shared: &Shared) -> bool {
+        let Some(fd) = shared.wal_index_fd.get() else { return false };
+        let writable = shared.role == Role::ReadWrite;
+        self.chunks.iter().all(|(chunk, map)| {
+            let offset = u64::from(*chunk) * CHUNK_SIZE as u64;
+            // First, so that a child of the child's never shares it.
+            remember(*chunk, map);
+            // SAFETY: the mapping is this value's, and others only have pointers into it, as into any shared memory.
+            unsafe { fork::map_over(map.as_ptr() as usize, map.len(), fd, offset, writable) }
+        })
+    }
+}
+
+fn remember(chunk: u32, map: &MmapRaw) {
+    match chunk {
+        0 => fork::remember_index(map.as_ptr() as usize, map.len()),
+        _ => fork::remember_mapping(map.as_ptr() as usize, map.len()),
+    }
+}
+
+impl Drop for OwnIndex {
+    fn drop(&mut self) {
+        self.chunks.values().for_each(|map| fork::forget_mapping(map.as_ptr() as usize));
     }
 }
 

@@ -46,6 +46,18 @@ pub struct RealFile {
 }
 
 impl RealFile {
+    /// All of `bytes` at `offset`.
+    pub(super) fn read(self, bytes: &mut [u8], offset: u64) -> bool {
+        let amount = bytes.len() as c_int;
+        // SAFETY: as in `write`.
+        let rc = unsafe {
+            (*self.methods)
+                .xRead
+                .map(|read| read(self.file, bytes.as_mut_ptr().cast(), amount, offset as i64))
+        };
+        rc == Some(ffi::SQLITE_OK)
+    }
+
     fn write(self, bytes: &[u8], offset: u64) -> bool {
         let amount = bytes.len() as c_int;
         // SAFETY: the unix VFS's own method on its own open file, in a call of SQLite's for that file.

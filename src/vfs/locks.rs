@@ -1,5 +1,6 @@
 //! `xLock`, `xUnlock`, `xCheckReservedLock`: the file locks, gated and in guest mode.
 
+use super::anew;
 use super::guest::{Before, end_turn, take_turn, turn_is_used};
 use super::last_close::RealFile;
 use super::main_file::MainFile;
@@ -18,7 +19,7 @@ type File = *mut ffi::sqlite3_file;
 const GUEST_RETRY: Duration = Duration::from_millis(1);
 
 pub fn lock(file: File, w: &mut Wrapped, level: FileLevel) -> c_int {
-    if w.inherited() {
+    if w.inherited() && !(level == FileLevel::Shared && anew::joins(file, w)) {
         return ffi::SQLITE_IOERR_LOCK;
     }
     let real = RealFile { file, methods: w.real };
@@ -64,7 +65,7 @@ pub fn lock(file: File, w: &mut Wrapped, level: FileLevel) -> c_int {
     rc
 }
 
-fn gated(main: &mut MainFile, level: FileLevel) -> c_int {
+pub(super) fn gated(main: &mut MainFile, level: FileLevel) -> c_int {
     if main.level >= level {
         return ffi::SQLITE_OK;
     }
@@ -122,6 +123,9 @@ fn try_gated(main: &mut MainFile, level: FileLevel) -> Result<c_int, Lost> {
 
 pub fn unlock(file: File, w: &mut Wrapped, level: FileLevel) -> c_int {
     if w.inherited() {
+        if let Kind::Main(main) = &mut w.kind {
+            main.level = main.level.min(level); // what SQLite believes to have
+        }
         return ffi::SQLITE_OK;
     }
     let Kind::Main(main) = &mut w.kind else { return ffi::SQLITE_MISUSE };

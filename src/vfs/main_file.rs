@@ -10,6 +10,7 @@ use crate::client::activity::Activity;
 use crate::client::config::Config;
 use crate::client::fork;
 use crate::client::member::Member;
+use crate::client::shared::OwnIndex;
 use crate::lock::commits::Awaited;
 use crate::lock::{FileLevel, Slots, slot};
 use crate::planted::planted;
@@ -42,7 +43,7 @@ pub struct MainFile {
     pub connection: Connection,
     pub config: Config,
     pub service: Service,
-    /// Opened for writing by the application.
+    /// SQLite has it open for writing.
     pub writable: bool,
     pub epoch: u64,
     /// What this process knows of its own connections.
@@ -58,6 +59,10 @@ pub struct MainFile {
     /// Between the first `xShmMap` and `xShmUnmap`.
     pub wal_open: bool,
     pub wal_index: Option<WalIndex>,
+    /// Inherited, and not to be joined anew any more.
+    pub cannot_join: bool,
+    /// Its mapping of the wal-index, if it only reads.
+    pub own_index: OwnIndex,
     /// In guest mode: the regions of `-shm` that the unix VFS has mapped for this connection, for the fork handler.
     guest_regions: Vec<usize>,
     /// The seat had the turn when last heard.
@@ -141,6 +146,8 @@ impl MainFile {
             closing: false,
             wal_open: false,
             wal_index: None,
+            cannot_join: false,
+            own_index: OwnIndex::default(),
             guest_regions: Vec::new(),
             turn: false,
             retry_expected: false,

@@ -139,6 +139,9 @@ unsafe extern "C" fn close(file: File) -> c_int {
 
 unsafe extern "C" fn read(file: File, to: *mut c_void, amount: c_int, offset: i64) -> c_int {
     call(file, ffi::SQLITE_IOERR_READ, |w| {
+        if w.inherited() && !planted("inherited-snapshot-read") {
+            return ffi::SQLITE_IOERR_READ; // nobody keeps in place what its snapshot is made of
+        }
         if !main_file(w).is_none_or(MainFile::snapshot_is_durable) {
             return ffi::SQLITE_IOERR_FSYNC;
         }
@@ -155,10 +158,13 @@ unsafe extern "C" fn read(file: File, to: *mut c_void, amount: c_int, offset: i6
 
 unsafe extern "C" fn read_companion(file: File, to: *mut c_void, amount: c_int, offset: i64) -> c_int {
     call(file, ffi::SQLITE_IOERR_READ, |w| {
-        if let (false, Kind::Companion { wal: Some(writes), .. }) = (w.inherited(), &w.kind)
-            && !wal::wal_is_read(writes)
-        {
-            return ffi::SQLITE_IOERR_FSYNC;
+        if let Kind::Companion { wal: Some(writes), .. } = &w.kind {
+            if w.inherited() && !planted("inherited-snapshot-read") {
+                return ffi::SQLITE_IOERR_READ;
+            }
+            if !w.inherited() && !wal::wal_is_read(writes) {
+                return ffi::SQLITE_IOERR_FSYNC;
+            }
         }
         let rc = real!(w, xRead, ffi::SQLITE_IOERR_READ, file, to, amount, offset);
         let wal = matches!(w.kind, Kind::Companion { wal: Some(_), .. });
@@ -233,7 +239,7 @@ unsafe extern "C" fn sync(file: File, flags: c_int) -> c_int {
 /// segment is poisoned (`code`); no frames follow those that a failed sync has left (the sync's own code, for it is what
 /// failed).
 fn refusal(w: &mut Wrapped, code: c_int) -> Option<c_int> {
-    if w.inherited() {
+    if w.inherited() || w.opened_before_fork() && !matches!(&w.kind, Kind::Main(m) if m.seat().is_none()) {
         return Some(code);
     }
     let (whole, follows) = match &mut w.kind {

@@ -13,7 +13,9 @@ use crate::client::fork::PerProcess;
 use crate::lock::FileLevel;
 use crate::planted::planted;
 use libsqlite3_sys as ffi;
+use nix::fcntl::{FcntlArg, fcntl};
 use std::ffi::{CStr, c_char, c_int};
+use std::os::fd::{BorrowedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -135,7 +137,7 @@ pub unsafe extern "C" fn open(
         }
         if flags & ffi::SQLITE_OPEN_MAIN_DB != 0 {
             // SAFETY: `name` came with SQLITE_OPEN_MAIN_DB, so it is a name with URI parameters.
-            let code = unsafe { opened_main(library, name, file, opened) };
+            let code = unsafe { opened_main(library, name, file) };
             if code != ffi::SQLITE_OK {
                 close_refused(file);
             }
@@ -160,14 +162,13 @@ fn close_refused(file: File) {
 
 /// # Safety
 /// `name` is a database name that SQLite handed to `xOpen`.
-unsafe fn opened_main(library: &'static Library, name: *const c_char, file: File, flags: c_int) -> c_int {
+unsafe fn opened_main(library: &'static Library, name: *const c_char, file: File) -> c_int {
     // SAFETY: by contract.
     let path = unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned();
     // SAFETY: by contract.
     match unsafe { service_for(library, name, file) } {
         Ok((config, service)) => {
-            let mut main = MainFile::new(library, path, config, service);
-            main.writable = flags & ffi::SQLITE_OPEN_READONLY == 0;
+            let main = MainFile::new(library, path, config, service);
             // SAFETY: by contract.
             unsafe { install(file, main, name) };
             ffi::SQLITE_OK
@@ -214,6 +215,13 @@ pub unsafe fn service_for(
     Ok((config, service))
 }
 
+/// Asked of the descriptor: a connection that is adopted does not say how it was opened.
+fn writable(descriptor: RawFd) -> bool {
+    // SAFETY: SQLite's own descriptor, open for the length of this call.
+    let fd = unsafe { BorrowedFd::borrow_raw(descriptor) };
+    fcntl(fd, FcntlArg::F_GETFL).is_ok_and(|flags| flags & libc::O_ACCMODE != libc::O_RDONLY)
+}
+
 /// Wraps the file and remembers its companions' names.
 ///
 /// # Safety
@@ -229,18 +237,24 @@ pub unsafe fn install(file: File, mut main: MainFile, name: *const c_char) {
     if brokered {
         // SAFETY: by contract; a seat was taken with what `descriptor` found.
         main.descriptor = unsafe { number(file) };
+        main.writable = writable(main.descriptor);
     }
     let mut main = Box::new(main);
     if brokered {
-        let journal = main.journal_name as usize;
-        let guest = main.guest().and_then(|_| std::fs::metadata(&main.path).ok()).map(|m| (m.dev(), m.ino()));
-        // The address of a name that an inherited connection used may be this one's now.
-        lock(&open_files().inherited).retain(|n| n.journal != journal);
-        let wal = main.wal_name as usize;
-        lock(&open_files().own).push(Names { journal, wal, main: &raw mut *main, guest });
+        is_own(&mut main);
     }
     // SAFETY: by contract.
     unsafe { Wrapped::wrap(file, Kind::Main(main)) };
+}
+
+/// The brokered file, which stays where it is, is this process's to name its companions by.
+pub fn is_own(main: &mut MainFile) {
+    let journal = main.journal_name as usize;
+    let guest = main.guest().and_then(|_| std::fs::metadata(&main.path).ok()).map(|m| (m.dev(), m.ino()));
+    // The address of a name that an inherited connection used may be this one's now.
+    lock(&open_files().inherited).retain(|n| n.journal != journal);
+    let wal = main.wal_name as usize;
+    lock(&open_files().own).push(Names { journal, wal, main, guest });
 }
 
 /// A journal opened read-only while its database is held SHARED is being looked at for a hot one, also if it

@@ -1,10 +1,12 @@
 //! `xShmMap`, `xShmLock`, `xShmBarrier`, `xShmUnmap`: the wal-index and its eight lock slots.
 
+use super::anew;
 use super::guest;
 use super::main_file::MainFile;
 use super::methods::real;
 use super::wrapped::{Kind, Wrapped};
 use crate::client::Lost;
+use crate::client::shared::OwnIndex;
 use crate::lock::{Ask, FileLevel, Release, Request, Slots, Verdict, slot};
 use crate::planted::planted;
 use crate::segment::layout::REGION_SIZE;
@@ -97,7 +99,11 @@ fn map_gated(main: &mut MainFile, region: u32, extend: bool) -> Result<Mapped, L
             return Ok(Mapped::NoMemory);
         }
     }
-    let address = shared.region(region);
+    let shared = shared.clone();
+    let address = match main.writable {
+        true => shared.region(region),
+        false => main.own_index.region(&shared, region),
+    };
     main.wal_open = true;
     let Ok(address) = address else { return Ok(Mapped::Failed) };
     if region == 0 {
@@ -114,8 +120,14 @@ pub fn lock(file: File, w: &mut Wrapped, first: c_int, count: c_int, flags: c_in
     let slots = u8::try_from(first).ok().zip(u8::try_from(count).ok()).and_then(|(f, c)| Slots::new(f, c));
     let Some(slots) = slots else { return ffi::SQLITE_MISUSE };
     if w.inherited() {
-        // Not BUSY: wal.c would ask a hundred times.
-        return if locking { ffi::SQLITE_IOERR_SHMLOCK } else { ffi::SQLITE_OK };
+        if !locking {
+            anew::unlocked(w, slots);
+            return ffi::SQLITE_OK;
+        }
+        if !anew::joins(file, w) {
+            // Not BUSY: wal.c would ask a hundred times.
+            return ffi::SQLITE_IOERR_SHMLOCK;
+        }
     }
     let Kind::Main(main) = &mut w.kind else { return ffi::SQLITE_MISUSE };
     let result = match main.gated().is_some() {
@@ -323,5 +335,6 @@ pub fn unmap(file: File, w: &mut Wrapped, delete: c_int) -> c_int {
         }
     }
     let _ = member.close_wal_index();
+    main.own_index = OwnIndex::default();
     ffi::SQLITE_OK
 }

@@ -90,8 +90,16 @@ impl Wrapped {
     pub fn inherited(&self) -> bool {
         match &self.kind {
             Kind::Main(main) => main.inherited(),
-            Kind::Companion { .. } => self.epoch != fork::epoch(),
+            // SAFETY: SQLite is in a call for the companion, so it is in none for the database, which is open.
+            Kind::Companion { owner, .. } => {
+                self.opened_before_fork() && owner.is_none_or(|main| unsafe { (*main).inherited() })
+            }
         }
+    }
+
+    /// Opened by a process that has forked this one: by this file nothing is written, whoever has joined anew.
+    pub fn opened_before_fork(&self) -> bool {
+        self.epoch != fork::epoch()
     }
 }
 

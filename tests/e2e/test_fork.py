@@ -2,10 +2,13 @@
 
 import ctypes
 import os
+import shutil
 import signal
 import sqlite3
+import traceback
 
-from harness import Broker, check_rows, connect, create, fails_without, plain, timeout
+from harness import Broker, Skip, check_rows, connect, create, fails_without, lib, plain, run, status_of, timeout
+from test_artifact import Library
 
 
 def in_child(body, limit=30):
@@ -206,3 +209,332 @@ def test_nested_forks_and_many_children():
             assert in_child(lambda: writes(f"c{i}", 2)) == 0
         check_rows(parent, record)
         parent.close()
+
+
+# --- a connection that only reads ----------------------------------------------------------------------------------
+
+class Steps:
+    """Two processes take turns: each `go` lets the other one take its next step, each `wait` is for that."""
+
+    def __init__(self):
+        self.pipes = [os.pipe(), os.pipe()]
+        self.parent = os.getpid()
+
+    def go(self):
+        os.write(self.pipes[os.getpid() == self.parent][1], b"x")
+
+    def wait(self):
+        assert os.read(self.pipes[os.getpid() != self.parent][0], 1) == b"x", "the other one has ended"
+
+
+def reader(path, load=False, broker=None):
+    """A connection that only reads: one that loads the extension itself, or is opened when this process has it."""
+    db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None, timeout=0)
+    if load:
+        os.environ["TURNSTILE_SOCKET"] = broker.socket
+        db.enable_load_extension(True)
+        db.load_extension(lib())
+    return db
+
+
+def count(db):
+    return db.execute("SELECT count(*) FROM rows").fetchone()[0]
+
+
+def beside(child_does, parent_does, steps):
+    """`child_does` in a forked child while `parent_does`; both must come to their end."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        status = 1
+        try:
+            for end in (steps.pipes[0][0], steps.pipes[1][1]):
+                os.close(end)
+            child_does()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    for end in (steps.pipes[0][1], steps.pipes[1][0]):
+        os.close(end)
+    try:
+        parent_does()
+    finally:
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert ended == 0, f"the child ended with {ended}"
+
+
+@fails_without("inherited-reads-nothing")
+def test_a_child_reads_through_a_connection_that_only_reads():
+    """As on plain SQLite. It has snapshots of its own, which its parent's checkpoints leave in place; several of them; and
+    children of its own."""
+    for journal in ("wal", "delete"):
+        for load in (True, False):
+            with Broker() as broker:
+                path = create(broker.path("app.db"), journal)
+                writer = connect(path, broker=broker, mode="gated")
+                writer.execute("INSERT INTO rows VALUES('p', 1)")
+                inherited = [reader(path, load, broker) for _ in range(2)]
+                assert [count(db) for db in inherited] == [1, 1]
+                steps = Steps()
+
+                def child():
+                    assert [count(db) for db in inherited] == [1, 1]
+                    steps.go()
+                    steps.wait()
+                    assert [count(db) for db in inherited] == [41, 41]
+                    assert status_of(inherited[0])["mode"] == "gated"
+                    if journal == "wal":
+                        inherited[0].execute("BEGIN")
+                        assert count(inherited[0]) == 41
+                        steps.go()
+                        steps.wait()
+                        assert (count(inherited[0]), count(inherited[1])) == (41, 1041)
+                        inherited[0].execute("COMMIT")
+                    assert in_child(lambda: (count(inherited[1]), inherited[1].close(), count(inherited[0]))) == 0
+                    mine = connect(path, load=False)
+                    mine.execute("INSERT INTO rows VALUES('c', 1)")
+                    assert count(inherited[0]) == count(mine)
+                    for db in (*inherited, mine):
+                        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+                        db.close()
+
+                def parent():
+                    steps.wait()
+                    for i in range(40):
+                        writer.execute("INSERT INTO rows VALUES('p', ?)", (i,))
+                    assert [count(db) for db in inherited] == [41, 41]
+                    writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                    steps.go()
+                    if journal == "wal":
+                        steps.wait()
+                        writer.execute("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n WHERE i<1000) "
+                                       "INSERT INTO rows SELECT printf('%.300c', 'x'), i FROM n")
+                        writer.execute("PRAGMA wal_checkpoint(PASSIVE)")
+                        steps.go()
+
+                beside(child, parent, steps)
+                rows = {"wal": 1042, "delete": 42}[journal]
+                assert [count(db) for db in (writer, *inherited)] == [rows] * 3
+                for db in (writer, *inherited):
+                    db.close()
+                assert plain(path, "SELECT count(*) FROM rows", retry=5) == [[str(rows)]]
+                assert plain(path, "PRAGMA integrity_check") == [["ok"]]
+
+
+@fails_without("inherited-snapshot-read")
+def test_a_transaction_that_was_open_at_the_fork_reads_nothing():
+    """Its snapshot is the parent's, who may end it and checkpoint. The next one is the child's own."""
+    for journal in ("wal", "delete"):
+        with Broker() as broker:
+            path = create(broker.path("app.db"), journal)
+            writer = connect(path, broker=broker, mode="gated")
+            writer.execute("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n WHERE i<3000) "
+                           "INSERT INTO rows SELECT printf('%.300c', 'x'), i FROM n")
+            inherited = reader(path)
+            inherited.execute("PRAGMA cache_size=5")
+            inherited.execute("BEGIN")
+            assert inherited.execute("SELECT seq FROM rows").fetchone() == (1,)
+
+            def child():
+                try:
+                    seen = count(inherited)
+                except sqlite3.OperationalError as e:
+                    assert "disk I/O error" in str(e), e
+                else:
+                    raise AssertionError(f"{seen} rows of a snapshot that nobody keeps")
+                assert not inherited.in_transaction  # SQLite rolls it back on an I/O error
+                assert count(inherited) == 3000
+                inherited.close()
+
+            beside(child, lambda: None, Steps())
+            assert count(inherited) == 3000
+            inherited.execute("COMMIT")
+            writer.execute("DELETE FROM rows")
+            for db in (inherited, writer):
+                db.close()
+
+
+@fails_without("child-keeps-its-cache")
+def test_a_child_does_not_read_what_its_parent_had_cached():
+    """The index of an empty WAL says the same before and after its database was changed and everybody has left."""
+    libsqlite = ctypes.CDLL("libsqlite3.so.0")
+    with Broker() as broker:
+        path = create(broker.path("app.db"))
+        os.environ["TURNSTILE_SOCKET"] = broker.socket
+        sqlite = Library("libsqlite3.so.0")
+        first = sqlite.open(":memory:")
+        assert sqlite.load(first) == (0, "")
+
+        def keeps_wal(db):
+            one = ctypes.c_int(1)
+            assert libsqlite.sqlite3_file_control(db, None, 10, ctypes.byref(one)) == 0  # SQLITE_FCNTL_PERSIST_WAL
+            return db
+
+        def wrote(sql):
+            db = keeps_wal(sqlite.open(path))
+            sqlite.execute(db, "PRAGMA journal_size_limit=0")
+            sqlite.execute(db, sql)
+            sqlite.close(db)
+
+        wrote("INSERT INTO rows VALUES('p', 1)")
+        assert os.path.getsize(path + "-wal") == 0
+        inherited = ctypes.c_void_p()
+        assert libsqlite.sqlite3_open_v2(path.encode(), ctypes.byref(inherited), 1, None) == 0  # SQLITE_OPEN_READONLY
+        keeps_wal(inherited)
+        assert sqlite.execute(inherited, "SELECT count(*) FROM rows") == [["1"]]
+        steps = Steps()
+
+        def child():
+            steps.wait()
+            try:
+                assert sqlite.execute(inherited, "SELECT count(*) FROM rows") == [["101"]]
+            finally:
+                steps.go()
+
+        def parent():
+            sqlite.close(inherited)
+            for i in range(100):
+                wrote(f"INSERT INTO rows VALUES('p', {i})")
+            keeps = keeps_wal(sqlite.open(path))
+            assert sqlite.execute(keeps, "SELECT count(*) FROM rows") == [["101"]]
+            steps.go()
+            steps.wait()
+            sqlite.close(keeps)
+
+        beside(child, parent, steps)
+
+
+@fails_without("any-wal-is-its-own")
+def test_a_child_does_not_read_a_wal_that_was_removed():
+    """The database left WAL mode, or everybody left: SQLite in the child believes that this cannot have happened."""
+    for sql in ("PRAGMA journal_mode=delete", "INSERT INTO rows VALUES('p', 2)"):
+        with Broker("--reuse-wal", "0") as broker:
+            path = create(broker.path("app.db"))
+            writer = connect(path, broker=broker, mode="gated")
+            writer.execute("INSERT INTO rows VALUES('p', 1)")
+            inherited = reader(path)
+            assert count(inherited) == 1
+            steps = Steps()
+
+            def child():
+                steps.wait()
+                try:
+                    assert count(inherited) is None
+                except sqlite3.OperationalError as e:
+                    assert "disk I/O error" in str(e), e
+                inherited.close()
+
+            def parent():
+                inherited.close()
+                writer.execute(sql)
+                writer.close()
+                assert not os.path.exists(path + "-wal")
+                other = connect(path, load=False)
+                other.execute("INSERT INTO rows VALUES('p', 3)")
+                steps.go()
+                other.close()
+
+            beside(child, parent, steps)
+            assert plain(path, "PRAGMA integrity_check", retry=5) == [["ok"]]
+
+
+def test_a_child_that_closes_a_connection_that_only_reads_changes_nothing():
+    """Used or not, beside its parent's transaction."""
+    for used in (False, True):
+        with Broker() as broker:
+            path = create(broker.path("app.db"))
+            writer = connect(path, broker=broker, mode="gated")
+            inherited = reader(path)
+            assert count(inherited) == 0
+            spilled_transaction(writer)
+
+            def child():
+                if used:
+                    assert count(inherited) == 0
+                inherited.close()
+                writer.close()
+
+            beside(child, lambda: None, Steps())
+            assert count(inherited) == 0
+            writer.execute("COMMIT")
+            assert count(inherited) == 3000
+            for db in (writer, inherited):
+                assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+                db.close()
+            assert plain(path, "SELECT count(*) FROM rows", retry=5) == [["3000"]]
+
+
+NOBODY = 54321  # a uid that has no user
+
+
+def test_a_child_of_a_process_that_may_not_write():
+    """Its mapping of the index is read-only, and its locks are messages."""
+    if os.getuid():
+        raise Skip("not root: cannot become another user")
+    with Broker() as broker:
+        path = create(broker.path("app.db"))
+        writer = connect(path, broker=broker, mode="gated")
+        writer.execute("INSERT INTO rows VALUES('p', 1)")
+        steps = Steps()
+
+        def unprivileged():
+            os.setgroups([])
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+            inherited = reader(path)
+            assert count(inherited) == 1 and status_of(inherited)["role"] == "read-only"
+
+            def child():
+                assert count(inherited) == 1
+                steps.go()
+                steps.wait()
+                assert count(inherited) == 2 and status_of(inherited)["role"] == "read-only"
+                inherited.close()
+
+            assert in_child(child) == 0
+            assert count(inherited) == 2
+            inherited.close()
+
+        def parent():
+            steps.wait()
+            writer.execute("INSERT INTO rows VALUES('p', 2)")
+            writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            steps.go()
+
+        beside(unprivileged, parent, steps)
+        writer.close()
+
+
+RUBY = """
+require 'sqlite3'
+path, library = ARGV
+writer = SQLite3::Database.new(path)
+writer.enable_load_extension(true)
+writer.load_extension(library)
+writer.execute("INSERT INTO rows VALUES('r', 1)")
+inherited = SQLite3::Database.new(path, readonly: true)
+raise 'before' unless inherited.execute('SELECT count(*) FROM rows') == [[1]]
+child = fork do
+  3.times do
+    raise 'in the child' unless inherited.execute('SELECT count(*) FROM rows') == [[1]]
+  end
+  inherited.close
+  exit! 0
+end
+Process.wait(child)
+raise 'the child failed' unless $?.success?
+writer.execute("INSERT INTO rows VALUES('r', 2)")
+raise 'after' unless inherited.execute('SELECT count(*) FROM rows') == [[2]]
+inherited.close
+writer.close
+"""
+
+
+@fails_without("inherited-reads-nothing")
+def test_a_child_in_ruby_reads_through_the_connection_that_the_gem_keeps():
+    if not shutil.which("ruby") or run(["ruby", "-e", "require 'sqlite3'"], check=False).returncode:
+        raise Skip("Ruby's sqlite3 is missing: run tests/install")
+    with Broker() as broker:
+        path = create(broker.path("app.db"))
+        run(["ruby", "-e", RUBY, path, lib()], env=broker.env)
