@@ -44,7 +44,7 @@ extern const struct turnstile_files {
   unsigned *known; /* how many are marked */
   void (*report)(void (*)(const char *kind, const char *text));
   int (*lock)(int fd, int command, struct flock *lock, uintptr_t caller, int *result);
-  int (*open_shm)(const char *name, uintptr_t caller);
+  int (*open_companion)(const char *name, uintptr_t caller);
   void (*opened)(int fd, const char *name, uintptr_t caller);
   void *(*close)(int fd);
   void (*closed)(void *known);
@@ -102,8 +102,10 @@ static int opened(int fd, const char *name, uintptr_t caller){
   return fd;
 }
 
-static int opens_shm(const char *name, uintptr_t caller, int *fd){
-  return ends_with(name, "-shm") && (*fd = turnstile_files.open_shm(name, caller))!=-2;
+/* WALs and journals are the kernel's, but turnstile may have to make them, or refuse them. */
+static int opens_companion(const char *name, uintptr_t caller, int *fd){
+  return (ends_with(name, "-shm") || ends_with(name, "-wal") || ends_with(name, "-journal"))
+      && (*fd = turnstile_files.open_companion(name, caller))!=-2;
 }
 
 #define OPEN(function, or)                                                       \
@@ -117,7 +119,7 @@ static int opens_shm(const char *name, uintptr_t caller, int *fd){
       mode = va_arg(args, mode_t);                                               \
       va_end(args);                                                              \
     }                                                                            \
-    if( opens_shm(name, HERE, &fd) ) return fd;                                  \
+    if( opens_companion(name, HERE, &fd) ) return fd;                                  \
     return opened(real_(name, flags, mode), name, HERE);                         \
   }
 OPEN(open, NULL)

@@ -6,10 +6,12 @@
 //!
 //! * [`findings`]: what is found, and how it is said. [`settings`]: `TURNSTILE_*`. [`place`]: where the file is.
 //!   [`format`]: what it says of itself. [`broker`]: who serves it. [`holders`]: who has it open or locked.
+//!   [`companions`]: files beside it that its owner cannot write.
 //!   [`versions`]: of turnstile and of every SQLite that is seen. [`command`]: a program that is to use it.
 
 mod broker;
 mod command;
+mod companions;
 mod findings;
 mod format;
 mod holders;
@@ -60,6 +62,7 @@ pub fn run(args: DoctorArgs) -> ExitCode {
     let file = place::look(&path, &settings, &mut findings);
     if let Some(file) = &file {
         format::look(file, &mut findings);
+        companions::look(file, &mut findings);
     }
     let broker = broker::look(&settings, &mut findings);
     let database = file.as_ref().and_then(|file| broker.as_ref()?.database(file.device, file.inode));

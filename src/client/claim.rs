@@ -13,6 +13,7 @@ use crate::segment::gate;
 use crate::wire::message::{self, Join, Mode};
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
 use nix::sys::stat::{Mode as Bits, fstat};
+use nix::unistd::{UnlinkatFlags, unlinkat};
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -119,6 +120,9 @@ pub fn take_seat(
     }
     let Joins { shm, directory, join, .. } = claim;
     let gated = matches!(&result, Ok(m) if m.mode() == Mode::Gated);
+    if let Some(shm) = shm.as_ref().filter(|_| gated) {
+        remove_left_behind(shm, &shm_path, &directory);
+    }
     // Gated: nobody in this process holds POSIX locks on these files, the gate would not stand. Else keep them.
     if let Some(shm) = shm.filter(|_| !gated) {
         keep_shm(shm);
@@ -146,6 +150,19 @@ pub fn take_seat(
         return Err(JoinError::Unseen);
     }
     Ok(member)
+}
+
+/// Removes the `-shm` file that a plain client has left when it was killed. The gate holds it, so no plain client uses it, and
+/// no member does. If it kept its name, the gate would hold it for the next database of that name, too: one that is made
+/// while this one, deleted by then, is still open.
+fn remove_left_behind(shm: &OwnedFd, path: &Path, directory: &OwnedFd) {
+    if !gate::stands_on_shm(shm) || replaced(shm, path) || planted("shm-keeps-its-name") {
+        return;
+    }
+    if let Some(name) = path.file_name() {
+        // Not allowed, or gone by now: it is held by the gate as it stands.
+        let _ = unlinkat(directory, name, UnlinkatFlags::NoRemoveDir);
+    }
 }
 
 /// Plain clients remove `-shm` at their last close and make another at the next open.

@@ -12,11 +12,13 @@
 //!   whether what has been read may be given to SQLite.
 //! * [`repair`]: after a failed sync. [`served`]: which of this process's SQLite libraries have the VFS.
 //! * [`activity`]: this process's own connections. [`fork`]: what a forked child must not touch. [`host`]: descriptors that are not ours alone.
+//! * [`companions`]: who may write the files beside a database, and whose they are.
 
 pub mod activity;
 pub mod autostart;
 pub mod belief;
 pub mod claim;
+pub mod companions;
 pub mod config;
 pub mod fork;
 pub mod greeting;

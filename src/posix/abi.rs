@@ -19,7 +19,7 @@ pub struct Files {
     known: &'static AtomicU32,
     report: extern "C" fn(Report),
     lock: unsafe extern "C" fn(c_int, c_int, *mut libc::flock, usize, *mut c_int) -> c_int,
-    open_shm: unsafe extern "C" fn(*const c_char, usize) -> c_int,
+    open_companion: unsafe extern "C" fn(*const c_char, usize) -> c_int,
     opened: unsafe extern "C" fn(c_int, *const c_char, usize),
     close: extern "C" fn(c_int) -> *mut c_void,
     closed: unsafe extern "C" fn(*mut c_void),
@@ -39,7 +39,7 @@ pub static turnstile_files: Files = Files {
     known: &table::COUNT,
     report,
     lock,
-    open_shm,
+    open_companion,
     opened,
     close,
     closed,
@@ -99,11 +99,11 @@ unsafe extern "C" fn lock(
     1
 }
 
-/// A file whose name ends in `-shm` is to be opened. -2: it is the kernel's.
+/// A file whose name ends in `-shm`, `-wal` or `-journal` is to be opened. -2: it is the kernel's.
 ///
 /// # Safety
 /// `name` is a string.
-unsafe extern "C" fn open_shm(name: *const c_char, caller: usize) -> c_int {
+unsafe extern "C" fn open_companion(name: *const c_char, caller: usize) -> c_int {
     // SAFETY: by contract.
     let name = unsafe { path(name) };
     match guarded(Some(Err(Errno::EIO)), || shm::open(name, caller)) {

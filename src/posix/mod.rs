@@ -11,6 +11,7 @@
 //! * [`turn`]: waiting. [`abi`]: what C calls.
 
 pub mod abi;
+mod companions;
 mod database;
 mod join;
 mod locks;

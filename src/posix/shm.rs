@@ -7,7 +7,7 @@
 use super::database::{Database, Seat};
 use super::table::{self, Kind};
 use super::turn::{self, Missing};
-use super::{locks, wal};
+use super::{companions, locks, wal};
 use crate::client::lane::thread_id;
 use crate::client::served::object_of;
 use crate::lock::{Ask, FileLevel, Release, Request, Slots, Verdict, slot};
@@ -35,8 +35,11 @@ fn database_of(path: &Path, suffix: &str, caller: usize) -> Option<Arc<Database>
     table::database_at(object_of(caller), base).filter(|d| !d.is_plain())
 }
 
-/// `open` of a file with such a name. `None`: it is none of ours.
+/// `open` of a file with such a name, or of another companion, which is the kernel's. `None`: it is the kernel's.
 pub fn open(path: &Path, caller: usize) -> Option<Result<RawFd, Errno>> {
+    if let Err(e) = companions::prepare(path, caller) {
+        return Some(Err(e));
+    }
     let database = database_of(path, "-shm", caller)?;
     let fd = database.with(|seat| {
         locks::no_hot_journal(seat);
@@ -57,6 +60,7 @@ pub fn opened(fd: RawFd, path: &Path, caller: usize) {
     // SAFETY: the caller's, which has just opened it.
     let Ok(st) = fstat(unsafe { BorrowedFd::borrow_raw(fd) }) else { return };
     let identity = (st.st_dev, st.st_ino);
+    companions::opened(path, caller);
     if table::is_database(identity) {
         if let Some(database) = table::database(object_of(caller), identity) {
             let kind = if database.is_plain() { Kind::Plain } else { Kind::Database };

@@ -134,6 +134,13 @@ pub fn database_at(library: usize, path: &Path) -> Option<Arc<Database>> {
     database(library, (meta.dev(), meta.ino()))
 }
 
+/// The database that this copy of SQLite has opened by that name, whatever the name leads to by now.
+pub fn database_called(library: usize, path: &Path) -> Option<Arc<Database>> {
+    let known = read();
+    let mut all = known.values().map(|k| &k.database);
+    all.find(|d| d.library == library && d.path == path).cloned()
+}
+
 /// False: its number is too high to be looked up.
 pub fn add(fd: RawFd, kind: Kind, database: &Arc<Database>) -> bool {
     let Some(mark) = kind_of(fd) else { return false };
@@ -157,7 +164,7 @@ pub fn remove(fd: RawFd) -> Option<Known> {
 /// One of the database's own descriptors.
 pub fn descriptor_of(database: &Database) -> Option<RawFd> {
     let known = read();
-    let mut own =
-        known.iter().filter(|(_, k)| k.kind == Kind::Database && std::ptr::eq(&*k.database, database));
+    let is_own = |kind: Kind| matches!(kind, Kind::Database | Kind::Plain);
+    let mut own = known.iter().filter(|(_, k)| is_own(k.kind) && std::ptr::eq(&*k.database, database));
     own.next().map(|(fd, _)| *fd)
 }

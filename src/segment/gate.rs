@@ -87,7 +87,8 @@ fn drop_lock(fd: impl AsFd, bytes: (i64, i64)) {
 }
 
 /// Takes the gate on the description of `database` (and of `shm`), without waiting. On failure nothing is
-/// locked and the descriptors come back. `nonce`: of the segment that it is for.
+/// locked and the descriptors come back. `nonce`: of the segment that it is for. The gate is closed without `shm` where
+/// the gate of a database that has been deleted or replaced holds that file.
 pub fn close(
     database: OwnedFd,
     shm: Option<OwnedFd>,
@@ -96,12 +97,16 @@ pub fn close(
     if let Err(e) = take(&database, DATABASE_BYTES) {
         return Err((e, database, shm));
     }
-    if let Some(fd) = &shm
-        && !planted("no-shm-gate")
-        && let Err(e) = take(fd, SHM_BYTES)
-    {
-        drop_lock(&database, DATABASE_BYTES);
-        return Err((e, database, shm));
+    let mut shm = shm;
+    match shm.as_ref().filter(|_| !planted("no-shm-gate")).map(|fd| take(fd, SHM_BYTES)) {
+        None | Some(Ok(())) => {}
+        // Whoever closes a gate locks the database first. So this gate is another database's, which had this name and was
+        // deleted or replaced. It keeps plain clients from `-shm` as well as ours would.
+        Some(Err(GateError::Conflict(Conflict::OtherGate))) if !planted("shm-of-the-deleted") => shm = None,
+        Some(Err(e)) => {
+            drop_lock(&database, DATABASE_BYTES);
+            return Err((e, database, shm));
+        }
     }
     match Hold::new(&database, nonce) {
         Ok(hold) => Ok(Gate { database, shm, hold }),
@@ -153,11 +158,20 @@ impl Gate {
 /// Asked as a process-associated lock, which conflicts with an OFD lock even on the same description. Asked of the kernel
 /// itself: under `turnstile run` the C library's `fcntl` is ours, and asks who holds what we hold while we ask.
 pub fn stands(fd: impl AsFd) -> bool {
-    let mut seen = flock(libc::F_WRLCK, DATABASE_BYTES);
+    stands_on(fd, DATABASE_BYTES)
+}
+
+/// The same of a `-shm` file: no plain client has it in use.
+pub fn stands_on_shm(fd: impl AsFd) -> bool {
+    stands_on(fd, SHM_BYTES)
+}
+
+fn stands_on(fd: impl AsFd, bytes: (i64, i64)) -> bool {
+    let mut seen = flock(libc::F_WRLCK, bytes);
     let fd = fd.as_fd().as_raw_fd();
     // SAFETY: the descriptor is borrowed for the call, the lock is ours.
     let done = unsafe { libc::syscall(libc::SYS_fcntl, fd, libc::F_GETLK, &raw mut seen) };
-    done == 0 && is_gate(&seen, DATABASE_BYTES)
+    done == 0 && is_gate(&seen, bytes)
 }
 
 /// The pid of a process with a lock on the database that is no gate, seen through `fd`; 0 if it is of another pid namespace,
@@ -180,6 +194,10 @@ pub fn is_held_by(fd: impl AsFd) -> bool {
 mod tests {
     use super::*;
     use crate::planted::fails_without;
+
+    fn file() -> tempfile::NamedTempFile {
+        tempfile::NamedTempFile::new().unwrap()
+    }
 
     fn lock(fd: impl AsFd, kind: i32, bytes: (i64, i64)) {
         fcntl(fd, FcntlArg::F_OFD_SETLK(&flock(kind, bytes))).unwrap();
@@ -204,6 +222,22 @@ mod tests {
                 let closed = close(own, None, 7).map_err(|(e, ..)| e);
                 assert!(matches!(closed, Err(GateError::Conflict(Conflict::Plain(-1)))), "{closed:?}");
             }
+        });
+    }
+
+    #[test]
+    fn the_gate_of_a_deleted_database_does_not_keep_its_names_next_one_open() {
+        fails_without("shm-of-the-deleted", || {
+            let (old, new, shm) = (file(), file(), file());
+            let reopened = |f: &tempfile::NamedTempFile| OwnedFd::from(f.reopen().unwrap());
+            let before = close(reopened(&old), Some(reopened(&shm)), 7).map_err(|(e, ..)| e).unwrap();
+            let after = close(reopened(&new), Some(reopened(&shm)), 8).map_err(|(e, ..)| e).unwrap();
+            assert!(stands(&new) && stands_on_shm(&shm) && after.shm().is_none());
+            // Neither gate's end opens the other's.
+            after.open();
+            assert!(!stands(&new) && stands(&old) && stands_on_shm(&shm));
+            before.open();
+            assert!(!stands(&old) && !stands_on_shm(&shm));
         });
     }
 

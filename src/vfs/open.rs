@@ -2,6 +2,7 @@
 //! adopted connection's ATTACH goes.
 
 use super::api::Library;
+use super::companions;
 use super::join;
 use super::main_file::{MainFile, Service};
 use super::methods::guarded;
@@ -117,6 +118,17 @@ pub unsafe extern "C" fn open(
         let Some(library) = Library::of_vfs(vfs) else { return ffi::SQLITE_CANTOPEN };
         let Some(real_open) = library.original.xOpen else { return ffi::SQLITE_CANTOPEN };
         let mut opened: c_int = flags;
+        let companion = flags & (ffi::SQLITE_OPEN_MAIN_JOURNAL | ffi::SQLITE_OPEN_WAL) != 0;
+        // A journal is nobody else's before there is something in it.
+        if flags & ffi::SQLITE_OPEN_WAL != 0
+            && flags & ffi::SQLITE_OPEN_CREATE != 0
+            && let Err(reason) = companions::prepare_wal(name)
+        {
+            library.log(ffi::SQLITE_CANTOPEN, &reason);
+            // SAFETY: the callback's own argument; SQLite wants pMethods null after a failed open.
+            unsafe { (*file).pMethods = std::ptr::null() };
+            return ffi::SQLITE_CANTOPEN;
+        }
         if flags & ffi::SQLITE_OPEN_SUPER_JOURNAL != 0 && is_inherited_super_journal(name) {
             // SAFETY: the callback's own argument; SQLite wants pMethods null after a failed open.
             unsafe { (*file).pMethods = std::ptr::null() };
@@ -143,11 +155,21 @@ pub unsafe extern "C" fn open(
             }
             return code;
         }
-        if flags & (ffi::SQLITE_OPEN_MAIN_JOURNAL | ffi::SQLITE_OPEN_WAL) != 0 {
+        if companion {
+            if let Err(reason) = companions::opened(name) {
+                library.log(ffi::SQLITE_CANTOPEN, &reason);
+                close_refused(file);
+                return ffi::SQLITE_CANTOPEN;
+            }
             opened_companion(name, file, flags);
         }
         rc
     })
+}
+
+/// The file whose companion has that name. It is its connection that opens the companion, so nothing else uses it now.
+pub(super) fn owner_of(name: *const c_char) -> Option<*mut MainFile> {
+    lock(&open_files().own).iter().find(|n| !name.is_null() && n.has(name as usize)).map(|n| n.main)
 }
 
 fn close_refused(file: File) {

@@ -37,10 +37,19 @@ pub fn map(
     }
     let Kind::Main(main) = &mut w.kind else { return ffi::SQLITE_MISUSE };
     if main.gated().is_none() {
+        if region == 0
+            && let Err(reason) = main.prepare_shm()
+        {
+            main.library.log(ffi::SQLITE_CANTOPEN, &reason);
+            return ffi::SQLITE_CANTOPEN;
+        }
         let rc = real!(w, xShmMap, ffi::SQLITE_IOERR_SHMMAP, file, region, size, extend, out);
         let Kind::Main(main) = &mut w.kind else { return rc };
         if !out.is_null() {
             main.remember_guest_region(*out as usize);
+        }
+        if region == 0 {
+            main.share_shm();
         }
         if region == 0 && !out.is_null() {
             // SAFETY: the unix VFS keeps the first region mapped until xShmUnmap, which forgets it here.
