@@ -7,6 +7,7 @@ use super::waits::Watch;
 use crate::lock::SeatId;
 use crate::lock::occupied::{Fate, Holder, Occupied};
 use crate::lock::queue::{Lane, Queue};
+use crate::lock::reads::{self, Read};
 use crate::lock::table::Table;
 use crate::lock::turn::Turn;
 use crate::segment::gate::Gate;
@@ -203,6 +204,32 @@ impl Database {
         match &self.state {
             State::Gated { segment, .. } => segment.control.control().map(|c| &c.checkpoint.0),
             State::Guest { .. } => None,
+        }
+    }
+
+    /// Frames of the WAL, and how many of them are in the database, as its index says: members write that. `None` in guest
+    /// mode.
+    pub fn wal_progress(&self) -> Option<(u32, u32)> {
+        match &self.state {
+            State::Gated { segment, .. } => {
+                let (frames, copied) = segment.wal_index().progress();
+                Some((frames, copied.min(frames)))
+            }
+            State::Guest { .. } => None,
+        }
+    }
+
+    /// How many of the WAL's frames no checkpoint copies as long as this read lock is held (wal.c, `walCheckpoint`): those
+    /// behind its mark; of a reader that does without the WAL, all that are not in the database yet.
+    pub fn frames_held_back(&self, read: Read) -> u32 {
+        let (State::Gated { segment, .. }, Some((frames, copied))) = (&self.state, self.wal_progress())
+        else {
+            return 0;
+        };
+        match read {
+            reads::SHARED => 0,
+            0 => frames - copied,
+            mark => frames.saturating_sub(segment.wal_index().read_mark(mark)),
         }
     }
 

@@ -7,7 +7,7 @@
 //! * [`database`]: one database's seats, locks and segment. [`requests`]: messages become lock requests.
 //! * [`checkpoints`]: the checkpointer, a process of its own ([`child`]). [`blame`]: whose fault its death is. [`watchdog`]:
 //!   it is not stopped for long.
-//!   [`waits`]: waits that would never end. [`report`]: `status`.
+//!   [`waits`]: waits that would never end. [`report`]: `status`, [`clocks`]: of members elsewhere.
 //! * [`closed`]: databases that have just been closed, and [`departing`]: by whom. [`keeping`]: what the next broker will
 //!   need. [`adopting`]:
 //!   what the last one left. [`returning`]: clients that had a session before. [`searching`]: for what was left to nobody,
@@ -23,6 +23,7 @@ pub mod adopting;
 mod blame;
 pub mod checkpoints;
 mod child;
+mod clocks;
 mod closed;
 mod cycles;
 pub mod database;

@@ -3,6 +3,7 @@
 use super::database::{Database, State};
 use super::limits::Limits;
 use super::server::Server;
+use super::session::Session;
 use crate::lock::seat::WaitsFor;
 use crate::segment::atomic::SeqCst;
 use crate::segment::futex;
@@ -62,6 +63,11 @@ struct DatabaseReport {
     resting: Vec<MemberReport>,
     turn: Option<TurnReport>,
     line: Vec<WaitReport>,
+    /// What the WAL has, as its index says; `None`: in guest mode, where the index is not the broker's to look at.
+    wal: Option<WalReport>,
+    /// Open read transactions of members, those first that hold most of the WAL back. `None`: in guest mode, where they are
+    /// the kernel's locks. Those of plain clients are never among them.
+    reads: Option<Vec<ReadReport>>,
     checkpoints: CheckpointReport,
     turns_revoked: u64,
     deadlocks: u64,
@@ -102,6 +108,24 @@ struct TurnReport {
     pid: i32,
     program: String,
     held_ms: u64,
+}
+
+#[derive(Serialize)]
+struct WalReport {
+    frames: u32,
+    /// How many of them are in the database.
+    copied: u32,
+}
+
+#[derive(Serialize)]
+struct ReadReport {
+    seat: u32,
+    pid: i32,
+    program: String,
+    /// Since when, as the member says; `None`: it has not said.
+    open_seconds: Option<u64>,
+    /// Frames behind its snapshot, which no checkpoint copies before it ends.
+    frames_held_back: u32,
 }
 
 #[derive(Serialize)]
@@ -209,6 +233,8 @@ impl Server {
                     WaitReport { seat, pid, program, waits_for: what.describe().into(), waited_ms }
                 })
                 .collect(),
+            wal: db.wal_progress().map(|(frames, copied)| WalReport { frames, copied }),
+            reads: self.reads(db, &who),
             checkpoints: CheckpointReport {
                 by: if db.checkpoints_by_members().is_none() { "broker" } else { "members" },
                 reason: db.checkpoints_by_members().map(str::to_owned),
@@ -220,6 +246,31 @@ impl Server {
             lines_stuck: counters[0].load(SeqCst),
             passed_over: counters[1].load(SeqCst),
         }
+    }
+
+    fn reads(&self, db: &Database, who: &dyn Fn(u32) -> (i32, String)) -> Option<Vec<ReadReport>> {
+        let now = futex::coarse_millis();
+        db.wal_progress()?;
+        let of_seat = |seat: u32| {
+            let (pid, program) = who(seat);
+            // On the socket lane the broker says it on behalf of the seat, by its own clock.
+            let fast = db.seats.get(&seat).filter(|s| !s.socket_lane);
+            let open = db.table().open_reads(seat, || {
+                let ahead = fast.and_then(|s| self.sessions.get(&s.session)).map_or(0, Session::clock_ahead);
+                now.saturating_add_signed(ahead)
+            });
+            open.into_iter().map(move |open| ReadReport {
+                seat,
+                pid,
+                program: program.clone(),
+                open_seconds: open.open_ms.map(|ms| ms / 1000),
+                frames_held_back: db.frames_held_back(open.read),
+            })
+        };
+        let mut reads: Vec<ReadReport> = db.seats.keys().flat_map(|seat| of_seat(*seat)).collect();
+        let by_age = |r: &ReadReport| std::cmp::Reverse((r.frames_held_back, r.open_seconds));
+        reads.sort_by_key(by_age);
+        Some(reads)
     }
 
     fn member(&self, seat: u32, s: &super::database::Seat) -> MemberReport {

@@ -1,5 +1,6 @@
 //! One client process's connection: its socket, what proves that it lives, what still must be sent to it.
 
+use super::clocks;
 use super::found::Member;
 use super::liveness::{self, Peer};
 use super::outbox::Outbox;
@@ -10,6 +11,7 @@ use crate::wire::keeper::{KeptSession, Token};
 use crate::wire::message::{FromBroker, Introduction, SeatKey};
 use crate::wire::socket;
 use nix::sys::stat::fstat;
+use std::cell::OnceCell;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Read};
@@ -61,6 +63,8 @@ pub struct Session {
     pub peer: Peer,
     pub who: Introduction,
     pub seats: BTreeSet<SeatKey>,
+    /// See [`Session::clock_ahead`].
+    ahead: OnceCell<i64>,
     pub socket: Option<OwnedFd>,
     /// By this the next broker, or this one on another socket, knows it again.
     pub token: Token,
@@ -86,6 +90,7 @@ impl Session {
             peer,
             who,
             seats: BTreeSet::new(),
+            ahead: OnceCell::new(),
             socket: Some(socket),
             token: Token::default(),
             kept: false,
@@ -106,6 +111,7 @@ impl Session {
             peer: Peer { uid: kept.uid, pid: kept.pid, pidfd: Some(pidfd) },
             who: kept.who,
             seats: BTreeSet::new(),
+            ahead: OnceCell::new(),
             socket: None,
             token: kept.token,
             kept: true,
@@ -196,6 +202,11 @@ impl Session {
 
     pub fn has_unsent(&self) -> bool {
         !self.outbox.is_empty()
+    }
+
+    /// By how many milliseconds its process's monotonic clock is ahead of the broker's. Looked at once.
+    pub fn clock_ahead(&self) -> i64 {
+        *self.ahead.get_or_init(|| clocks::ahead(self.peer.pid))
     }
 
     /// For logs: `python3 (pid 123)`.

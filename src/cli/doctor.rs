@@ -6,7 +6,7 @@
 //!
 //! * [`findings`]: what is found, and how it is said. [`settings`]: `TURNSTILE_*`. [`place`]: where the file is.
 //!   [`format`]: what it says of itself. [`broker`]: who serves it. [`holders`]: who has it open or locked.
-//!   [`companions`]: files beside it that its owner cannot write.
+//!   [`pins`]: who keeps the WAL from being copied. [`companions`]: files beside it that its owner cannot write.
 //!   [`versions`]: of turnstile and of every SQLite that is seen. [`command`]: a program that is to use it.
 
 mod broker;
@@ -15,6 +15,7 @@ mod companions;
 mod findings;
 mod format;
 mod holders;
+mod pins;
 mod place;
 mod settings;
 mod versions;
@@ -71,6 +72,7 @@ pub fn run(args: DoctorArgs) -> ExitCode {
     }
     if let Some(file) = &file {
         holders::look(file, broker.as_ref(), database.as_ref(), &mut findings);
+        pins::look(file, database.as_ref(), &mut findings);
     }
     versions::look(broker.as_ref(), database.as_ref(), &mut findings);
     if !args.command.is_empty() {

@@ -127,6 +127,7 @@ fn render(report: &Value) -> String {
                 w["waited_ms"]
             );
         }
+        reads(db, &mut out);
         let _ = write!(
             out,
             "\n  {:>5} {:>8} {:<18} {:>6} {:<10} {:<9} since",
@@ -159,6 +160,31 @@ fn render(report: &Value) -> String {
         }
     }
     out
+}
+
+/// Who keeps the WAL from being copied and begun anew.
+fn reads(db: &Value, out: &mut String) {
+    let Some(reads) = db["reads"].as_array() else {
+        return out.push_str("\n  read transactions: not seen (guest mode: the kernel has their locks)");
+    };
+    let (frames, copied) = (&db["wal"]["frames"], &db["wal"]["copied"]);
+    if frames.as_u64() != Some(0) {
+        let _ = write!(out, "\n  WAL: {frames} frames, {copied} of them copied into the database");
+    }
+    for read in reads {
+        let since = match read["open_seconds"].as_u64() {
+            Some(seconds) => format!("since {seconds} s"),
+            None => "since when is not known".into(),
+        };
+        let _ = write!(
+            out,
+            "\n  reads: seat {}, {} (pid {}), {since}, holds back {} frames",
+            read["seat"],
+            read["program"].as_str().unwrap_or("?"),
+            read["pid"],
+            read["frames_held_back"]
+        );
+    }
 }
 
 /// Seconds since 1970 as a time ago.

@@ -63,8 +63,7 @@ pub struct Rights {
 }
 
 impl Rights {
-    /// `path` of the file, if it is not asked by a descriptor. Another user's filesystem may never answer: for files of this
-    /// process.
+    /// `list`: its access control list, as the kernel gives it.
     fn new(st: &FileStat, list: Option<Vec<u8>>) -> Rights {
         let bits = |shift: u32| (st.st_mode >> shift & 7) as u16;
         let mut rights = Rights {

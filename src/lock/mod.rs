@@ -10,6 +10,7 @@
 //! * [`commits`]: durable commits that share one sync. [`learned`]: what statements have shown of themselves.
 //! * [`tries`]: that no loop over shared words is without end.
 //! * [`queue`]: the socket lane's requests, and what a death leaves behind. [`unused`]: turns that nobody uses.
+//! * [`reads`]: who has a read transaction open, for reports.
 //! * [`takeover`]: what a broker's death leaves to the next. [`occupied`]: whether anybody who lives can be in.
 
 pub mod commits;
@@ -19,6 +20,7 @@ pub mod learned;
 pub mod occupied;
 pub mod park;
 pub mod queue;
+pub mod reads;
 pub mod rest;
 pub mod rules;
 pub mod seat;
@@ -119,6 +121,11 @@ impl Slots {
     /// Exactly one read slot.
     pub fn is_one_read(self) -> bool {
         self.first >= slot::READ0 && self.count == 1
+    }
+
+    /// Which one that is; SQLite asks for one at a time.
+    pub fn read(self) -> Option<reads::Read> {
+        self.is_one_read().then(|| usize::from(self.first - slot::READ0))
     }
 }
 

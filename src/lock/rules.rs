@@ -5,7 +5,7 @@
 
 use super::seat::Seat;
 use super::tries::tries;
-use super::{Ask, FileLevel, Request, SeatId, Slots, Verdict, slot};
+use super::{Ask, FileLevel, Request, SeatId, Slots, Verdict, reads, slot};
 use crate::planted::planted;
 use crate::segment::atomic::SeqCst;
 use crate::segment::layout::{CHECKPOINTER, PROBATION_OPEN, PROBATION_OVER};
@@ -127,6 +127,9 @@ impl Seat<'_> {
             return WAIT;
         }
         let before = self.table.file_shared(self.id);
+        if !before {
+            self.reads_begin(reads::SHARED);
+        }
         self.table.set_file_shared(self.id, true);
         let step_back = || {
             if !before {
@@ -221,6 +224,9 @@ impl Seat<'_> {
     /// recovery ends by itself.
     fn shm_shared(&self, slots: Slots) -> Attempt {
         let Some(mask) = slots.mask() else { return BUSY };
+        if let Some(read) = slots.read() {
+            self.reads_begin(read);
+        }
         match self.table.try_slots_shared(self.id, mask) {
             true => self.granted(false),
             false if slots.is_recover() && !planted("recovery-is-busy") => WAIT,

@@ -25,6 +25,8 @@ pub const MAX_SEATS: usize = 1024;
 pub const MAX_SEATS: usize = 64;
 /// The seat of the broker's checkpointer, which no connection gets.
 pub const CHECKPOINTER: u32 = MAX_SEATS as u32;
+/// Of [`SeatWords::reads_since`]: the five read slots and SHARED.
+pub const READS: usize = 6;
 /// Words of a bitmap with a bit a seat.
 pub const BITMAP_WORDS: usize = MAX_SEATS / 64;
 /// Entries of [`Control::learned`].
@@ -41,7 +43,7 @@ pub const FAILURES: usize = 16;
 
 pub const MAGIC: [u8; 8] = *b"trnstile";
 /// Changes with any change of what lies behind [`Header`].
-pub const LAYOUT_VERSION: u32 = 6;
+pub const LAYOUT_VERSION: u32 = 7;
 
 /// The beginning of the control memfd: the same in every layout version, so that a client of another version can
 /// still use the socket lane with it.
@@ -230,7 +232,8 @@ pub struct SeatWords {
     /// In use, [`RESTING`] or [`CLOSED`] (`lock::rest`), above that how often the seat's number has been given out
     /// again. The seat lets it rest and takes it back; the broker closes what rests, and counts. A crash leaves it.
     pub state: AtomicU32,
-    pub reserved: [u32; 6],
+    /// Since when each read slot, and behind them SHARED, is held, in 128 ms of `CLOCK_MONOTONIC_COARSE`; 0: not known. Stored before the lock is, and left when it is given back. Nothing but `status` depends on it.
+    pub reads_since: [AtomicU32; READS],
     /// Place in the line, 0 when not in it. The broker may replace it by a later one when the seat, being first,
     /// does not come for its turn.
     pub ticket: AtomicU64,

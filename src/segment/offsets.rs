@@ -36,6 +36,7 @@ const _: () = {
     assert!(offset_of!(SeatWords, connection) == 24);
     assert!(offset_of!(SeatWords, turn_for) == 32);
     assert!(offset_of!(SeatWords, state) == 36);
+    assert!(offset_of!(SeatWords, reads_since) == 40);
     // What others write is on a line of its own.
     assert!(offset_of!(SeatWords, ticket) == 64);
     assert!(offset_of!(SeatWords, park) == 72);

@@ -109,7 +109,7 @@ def test_what_a_transaction_costs_in_instructions():
         db, beside = create(broker.path("app.db")), create(broker.path("plain.db"))
         holder = connect(db, broker=broker, mode="gated")
         holder.execute("INSERT INTO rows VALUES('h', 0)")
-        for kind, most in (("read", 1500), ("write", 6200)):
+        for kind, most in (("read", 1550), ("write", 6200)):
             total, ours, allocations = each(db, kind, lib(), broker.env, broker)
             plain_total, none, plain_allocations = each(beside, kind, "-", {}, broker)
             assert none == 0 and ours > 0, (none, ours)

@@ -12,6 +12,7 @@ use turnstile::client::place;
 use turnstile::client::session::Session;
 
 use super::findings::Findings;
+use super::holders::state_of;
 use super::settings::Settings;
 
 /// A holder of the turn for longer than this, with others behind it, is looked at.
@@ -173,10 +174,4 @@ pub fn judge(database: &Value, findings: &mut Findings) {
             "a bug of turnstile's, mended at once by the broker: please report it with `turnstile status --json`",
         );
     }
-}
-
-/// The third field of `/proc/PID/stat`: `T` is stopped.
-fn state_of(pid: i64) -> Option<char> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(") ")?.1.chars().next()
 }

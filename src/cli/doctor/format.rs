@@ -7,9 +7,6 @@ use turnstile::planted::planted;
 use super::findings::Findings;
 use super::place::{Database, size_beside};
 
-/// A WAL above this is one that has not been begun anew for long: ten times what a checkpoint waits for.
-const LARGE_WAL: u64 = 40 << 20;
-
 #[derive(Debug, PartialEq, Eq)]
 struct Header {
     wal: bool,
@@ -83,14 +80,6 @@ pub fn look(database: &Database, findings: &mut Findings) {
                 "never remove it: the next program that opens the database rolls back with it",
             );
         }
-    }
-    if wal > LARGE_WAL {
-        findings.warning(
-            "wal-large",
-            format!("the WAL has {} MiB", wal >> 20),
-            "it cannot begin anew while a reader keeps its snapshot: end long reads (`turnstile status` lists who \
-             is in), then PRAGMA wal_checkpoint(TRUNCATE)",
-        );
     }
 }
 

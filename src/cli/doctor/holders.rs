@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use serde_json::Value;
@@ -140,7 +141,7 @@ fn members(known: &Value) -> BTreeMap<i32, String> {
     found
 }
 
-fn processes(pids: &BTreeSet<i32>) -> String {
+pub fn processes(pids: &BTreeSet<i32>) -> String {
     named(pids.iter().map(|pid| format!("{} (pid {pid})", name_of(*pid))).collect::<Vec<_>>().iter())
 }
 
@@ -245,6 +246,24 @@ fn maps_segment(pid: i32) -> bool {
     maps.contains("/memfd:turnstile-control")
 }
 
+/// Who reads through `-shm`, as a guest or a plain client: has one of the five read slots, by `/proc/locks`.
+pub fn shm_readers(database: &Path) -> BTreeSet<i32> {
+    let mut name = database.as_os_str().to_owned();
+    name.push("-shm");
+    let Ok(shm) = fs::metadata(name) else { return BTreeSet::new() };
+    let device = (libc::major(shm.dev()), libc::minor(shm.dev()));
+    let table = fs::read_to_string("/proc/locks").unwrap_or_default();
+    let locks = table.lines().filter_map(posix_lock).filter(|l| (l.device, l.inode) == (device, shm.ino()));
+    // `UNIX_SHM_BASE` and `WAL_READ_LOCK(0..5)`, os_unix.c and wal.c.
+    locks.filter(|l| l.first <= 127 && l.last >= 123 && l.pid > 0).map(|l| l.pid).collect()
+}
+
+/// The third field of `/proc/PID/stat`: `T` is stopped.
+pub fn state_of(pid: i64) -> Option<char> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.chars().next()
+}
+
 /// Who has a lock of SQLite's kind on the file, by `/proc/locks`.
 fn plain_locks(file: &Database) -> BTreeSet<i32> {
     let device = (libc::major(file.device), libc::minor(file.device));
@@ -262,6 +281,8 @@ struct PosixLock {
     pid: i32,
     device: (u32, u32),
     inode: u64,
+    first: u64,
+    last: u64,
 }
 
 /// `1: POSIX  ADVISORY  READ 4711 fe:00:1234 1073741826 1073742335`; of one that is waited for, `1: -> POSIX ...`.
@@ -273,7 +294,10 @@ fn posix_lock(line: &str) -> Option<PosixLock> {
     let mut place = words.get(5)?.split(':');
     let mut number = || u32::from_str_radix(place.next()?, 16).ok();
     let device = (number()?, number()?);
-    Some(PosixLock { pid: words.get(4)?.parse().ok()?, device, inode: place.next()?.parse().ok()? })
+    let inode = place.next()?.parse().ok()?;
+    let first = words.get(6)?.parse().ok()?;
+    let last = words.get(7).filter(|last| **last != "EOF").map_or(Ok(u64::MAX), |last| last.parse()).ok()?;
+    Some(PosixLock { pid: words.get(4)?.parse().ok()?, device, inode, first, last })
 }
 
 #[cfg(test)]
@@ -283,7 +307,9 @@ mod tests {
     #[test]
     fn a_line_of_the_locks_is_read() {
         let line = "7: POSIX  ADVISORY  READ  4711 fe:10:1234 1073741826 1073742335";
-        assert_eq!(posix_lock(line), Some(PosixLock { pid: 4711, device: (0xfe, 0x10), inode: 1234 }));
+        let (first, last) = (1073741826, 1073742335);
+        let expected = PosixLock { pid: 4711, device: (0xfe, 0x10), inode: 1234, first, last };
+        assert_eq!(posix_lock(line), Some(expected));
         for other in [
             "7: OFDLCK ADVISORY  WRITE -1 fe:00:1234 0 EOF",
             "7: -> POSIX  ADVISORY  READ  4711 fe:10:1234 1 2",
