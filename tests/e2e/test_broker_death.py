@@ -40,7 +40,8 @@ def keepers(broker):
 
 def kill_keeper(broker):
     pid = broker.status()["broker"]["keeper"]
-    assert keepers(broker) == [pid], (keepers(broker), pid)
+    # It has just been started, perhaps, and does not bear its name yet.
+    wait_until(lambda: keepers(broker) == [pid], what="the keeper")
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: pid not in keepers(broker), what="the keeper's end")
 
