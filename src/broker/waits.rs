@@ -115,8 +115,9 @@ impl Server {
             };
         let waited = now.duration_since(since);
         let limit = if seen.idle && ran.is_some() { IDLE_SUSPECT_LIMIT } else { SUSPECT_LIMIT };
-        let is_late = waited >= limit && (waited >= STARVED_LIMIT || !waits_for_processor(pid, seen.thread));
-        if moved_on || is_late {
+        let is_late =
+            || waited >= limit && (waited >= STARVED_LIMIT || !waits_for_processor(pid, seen.thread));
+        if moved_on || is_late() {
             let turn = db.turn();
             // It may have ended that turn and taken another since it was looked at.
             let same = || unused(turn, db.is_guest(), |seat| db.queue.is_used(seat)) == Some(seen);

@@ -8,7 +8,7 @@
 
 mod job;
 mod rights;
-mod vfs;
+pub mod vfs;
 mod work;
 
 use self::work::{Broker, Work};

@@ -151,7 +151,11 @@ unsafe extern "C" fn access(
     ffi::SQLITE_OK
 }
 
-unsafe extern "C" fn full_pathname(
+/// A name is taken as it stands, links and all.
+///
+/// # Safety
+/// As SQLite calls `xFullPathname`.
+pub unsafe extern "C" fn full_pathname(
     _: *mut ffi::sqlite3_vfs,
     name: *const c_char,
     size: c_int,

@@ -2,6 +2,7 @@
 //! the gate afterwards.
 
 use super::JoinError;
+use super::companions;
 use super::config::Config;
 use super::fork::PerProcess;
 use super::host::{HostFd, LowDescriptors};
@@ -18,7 +19,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 /// By device and inode.
@@ -62,12 +63,6 @@ fn keep_shm(fd: OwnedFd) {
     kept.retain(|_, fds| fds.first().is_some_and(there));
 }
 
-fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    name.into()
-}
-
 fn read_only(fd: BorrowedFd) -> bool {
     fcntl(fd, FcntlArg::F_GETFL).is_ok_and(|bits| bits & libc::O_ACCMODE == libc::O_RDONLY)
 }
@@ -91,7 +86,7 @@ pub fn take_seat(
     // A read-only connection of a process that may write joins as a writer, so that readers that start first
     // do not force guest mode.
     let own = if read_only(fd) { second_descriptor(path, &KEPT) } else { None };
-    let shm_path = with_suffix(path, "-shm");
+    let shm_path = companions::beside(path, "-shm");
     let shm = second_descriptor(&shm_path, &KEPT_SHM);
     drop(low);
 

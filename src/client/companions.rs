@@ -20,7 +20,7 @@ use nix::unistd::{Gid, Uid, fchown, ftruncate, getegid, geteuid, linkat};
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// `POSIX_ACL_XATTR_VERSION` and the tags of entries, linux/posix_acl_xattr.h and linux/posix_acl.h.
 const VERSION: u32 = 2;
@@ -33,6 +33,13 @@ const OTHER: u16 = 0x20;
 const NOBODY: u32 = u32::MAX;
 const ATTRIBUTE: &CStr = c"system.posix_acl_access";
 const READ_WRITE: u16 = 6;
+
+/// What SQLite calls the file with this suffix beside a database.
+pub fn beside(database: &Path, suffix: &str) -> PathBuf {
+    let mut name = database.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
 
 /// Why a companion was not made.
 #[derive(Debug, thiserror::Error)]

@@ -2,6 +2,7 @@
 
 use super::wal::Wal;
 use crate::client::Lost;
+use crate::client::companions;
 use crate::client::member::Member;
 use crate::client::shared::Shared;
 use crate::lock::commits::Commits;
@@ -124,9 +125,7 @@ impl Database {
     }
 
     pub fn companion(&self, suffix: &str) -> PathBuf {
-        let mut name = self.path.as_os_str().to_owned();
-        name.push(suffix);
-        name.into()
+        companions::beside(&self.path, suffix)
     }
 }
 

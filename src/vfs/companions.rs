@@ -73,8 +73,6 @@ impl MainFile {
     }
 
     fn shm_path(&self) -> Option<PathBuf> {
-        let mut name = self.own_path()?.into_os_string();
-        name.push("-shm");
-        Some(name.into())
+        Some(companions::beside(&self.own_path()?, "-shm"))
     }
 }

@@ -8,6 +8,8 @@ use std::ptr;
 use rusqlite::{Connection, OpenFlags, ffi};
 use turnstile::planted::planted;
 
+use crate::checkpointer::vfs::full_pathname;
+
 use super::target::Target;
 use super::{Event, Failure, Main};
 
@@ -61,31 +63,13 @@ pub fn register() -> io::Result<()> {
         let Some(mut vfs) = unix.as_ref().copied() else { return Err(io::Error::other("SQLite has no VFS")) };
         vfs.pNext = ptr::null_mut();
         vfs.zName = VFS.as_ptr();
-        vfs.xFullPathname = Some(as_it_is);
+        vfs.xFullPathname = Some(full_pathname);
         let call: unsafe extern "C" fn(*const c_char, c_int, c_int) -> c_int = open_link;
         let call: unsafe extern "C" fn() = std::mem::transmute(call as *const ());
         let set = vfs.xSetSystemCall.map_or(ffi::SQLITE_ERROR, |set| set(unix, c"open".as_ptr(), Some(call)));
         if set != ffi::SQLITE_OK { set } else { ffi::sqlite3_vfs_register(Box::into_raw(Box::new(vfs)), 0) }
     };
     if rc == ffi::SQLITE_OK { Ok(()) } else { Err(io::Error::other(format!("no VFS for it ({rc})"))) }
-}
-
-/// Links are left alone.
-unsafe extern "C" fn as_it_is(
-    _: *mut ffi::sqlite3_vfs,
-    name: *const c_char,
-    size: c_int,
-    out: *mut c_char,
-) -> c_int {
-    // SAFETY: SQLite passes a string, and `size` bytes for a copy of it.
-    unsafe {
-        let bytes = CStr::from_ptr(name).to_bytes_with_nul();
-        if bytes.len() > size as usize {
-            return ffi::SQLITE_CANTOPEN;
-        }
-        ptr::copy_nonoverlapping(bytes.as_ptr().cast(), out, bytes.len());
-    }
-    ffi::SQLITE_OK
 }
 
 /// `open` as SQLite calls it for every file. It forbids that a name be a link, which those of our own descriptors are.

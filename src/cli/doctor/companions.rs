@@ -1,8 +1,6 @@
 //! Files beside the database that its owner cannot write: made by another user, who came first.
 
-use std::path::PathBuf;
-
-use turnstile::client::companions::Rights;
+use turnstile::client::companions::{Rights, beside};
 use turnstile::planted::planted;
 
 use super::findings::Findings;
@@ -15,9 +13,7 @@ pub fn look(file: &Database, findings: &mut Findings) {
         return;
     }
     for suffix in ["-wal", "-shm", "-journal"] {
-        let mut path = file.path.as_os_str().to_owned();
-        path.push(suffix);
-        let path = PathBuf::from(path);
+        let path = beside(&file.path, suffix);
         let Ok(rights) = Rights::at(&path) else { continue };
         if rights.may_write(uid, gid) || planted("foreign-companions-unnamed") {
             continue;

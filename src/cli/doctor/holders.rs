@@ -9,6 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use serde_json::Value;
+use turnstile::client::companions::beside;
 use turnstile::segment::gate;
 use turnstile::segment::statx::statx;
 
@@ -248,9 +249,7 @@ fn maps_segment(pid: i32) -> bool {
 
 /// Who reads through `-shm`, as a guest or a plain client: has one of the five read slots, by `/proc/locks`.
 pub fn shm_readers(database: &Path) -> BTreeSet<i32> {
-    let mut name = database.as_os_str().to_owned();
-    name.push("-shm");
-    let Ok(shm) = fs::metadata(name) else { return BTreeSet::new() };
+    let Ok(shm) = fs::metadata(beside(database, "-shm")) else { return BTreeSet::new() };
     let device = (libc::major(shm.dev()), libc::minor(shm.dev()));
     let table = fs::read_to_string("/proc/locks").unwrap_or_default();
     let locks = table.lines().filter_map(posix_lock).filter(|l| (l.device, l.inode) == (device, shm.ino()));

@@ -11,6 +11,7 @@ use nix::fcntl::OFlag;
 use nix::unistd::{AccessFlags, access};
 use turnstile::broker::filesystem::{mount_of, named};
 use turnstile::broker::join;
+use turnstile::client::companions::beside;
 use turnstile::wire::message::Join;
 
 use super::findings::Findings;
@@ -150,7 +151,5 @@ fn permissions(path: &Path, directory: &Path, findings: &mut Findings) {
 
 /// Size of the file beside the database with this suffix, if there is one.
 pub fn size_beside(path: &Path, suffix: &str) -> Option<u64> {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    fs::metadata(name).ok().map(|meta| meta.len())
+    fs::metadata(beside(path, suffix)).ok().map(|meta| meta.len())
 }
